@@ -1,0 +1,1 @@
+"""What a fast-weight node becomes: op schemas, the reference, and the lowerings that implement them."""

@@ -1,0 +1,1 @@
+"""CPU implementations behind the ops of :mod:`ttt_compiler.codegen.ops`."""

@@ -1,0 +1,102 @@
+"""The chunk scan on CPU, forward and backward: one state in memory, two GEMMs per chunk.
+
+FLOPs in units of one static projection (2*T*D*F): forward 1 + (n-1)/n, where the last chunk of a document
+is applied and not written because nobody reads it; backward 5 (W recomputed in forward order, then one
+reverse scan). Memory: one fp32 ``[D, F]`` matrix forward, two backward, whatever the number of chunks.
+May be changed here: the algorithm; :mod:`ttt_compiler.codegen.reference` says what it must compute.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ttt_compiler.codegen.cpu.gemm import FastMatrix, state_dtype, static_apply, workspace
+from ttt_compiler.codegen.segments import Run, documents, row_runs
+
+def chunk_scan(
+    h: Tensor, v: Tensor, w0: Tensor, bias: Tensor | None, pos: Tensor | None, chunk: int
+) -> Tensor:
+    """``y_i = h_i W_i.T + bias; W_{i+1} = W_i + v_i.T h_i`` with W = w0 at the start of every document.
+
+    Args:
+        h: ``[B, T, F]``.
+        v: ``[B, T, D]`` with eta folded in.
+        w0: ``[D, F]``.
+        bias: ``[D]`` or None.
+        pos: int64 ``[B or 1, T]`` or None; padding is projected by w0 and never written.
+        chunk: C.
+
+    Returns:
+        ``y [B, T, D]``.
+    """
+    if h.numel() == 0 or not _any(v):
+        return static_apply(h, w0, bias)
+    h, v = h.contiguous(), v.contiguous()
+    batch, length, _ = h.shape
+    y = h.new_empty(batch, length, w0.shape[0])
+    w = _fast(w0, "scan.w", h.dtype, tuple(w0.shape))
+    for b, runs in enumerate(row_runs(pos, batch, length)):
+        for run in runs:
+            if run.padding:
+                _base(h[b], w0, bias, y[b], run)
+        for doc in documents(runs):
+            w.reset()
+            for start in range(doc.start, doc.stop, chunk):
+                stop = min(start + chunk, doc.stop)
+                w.apply(h[b, start:stop], bias, y[b, start:stop])
+                if stop < doc.stop:
+                    w.write(v[b, start:stop], h[b, start:stop])
+    return y
+
+
+def chunk_scan_backward(
+    dy: Tensor, h: Tensor, v: Tensor, w0: Tensor, pos: Tensor | None, chunk: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`chunk_scan` for h, v and w0.
+
+    With ``S_i = sum_{k>i} dy_k.T h_k`` over the same document: ``dh_i = dy_i W_i + v_i S_i``,
+    ``dv_i = h_i S_i.T``, ``dw0 = sum_i dy_i.T h_i``.
+    """
+    dy, h, v = dy.contiguous(), h.contiguous(), v.contiguous()
+    batch, length, _ = h.shape
+    dh, dv = torch.empty_like(h), torch.zeros_like(v)
+    dw0 = torch.zeros(w0.shape, dtype=state_dtype(h.dtype))
+    w = _fast(w0, "scan.w", h.dtype, tuple(w0.shape))
+    s = _fast(None, "scan.s", h.dtype, tuple(w0.shape))
+    for b, runs in enumerate(row_runs(pos, batch, length)):
+        for run in runs:
+            if run.padding:
+                rows = slice(run.start, run.stop)
+                torch.mm(dy[b, rows], w0, out=dh[b, rows])
+                dw0 += torch.mm(dy[b, rows].t(), h[b, rows])
+        for doc in documents(runs):
+            spans = [
+                slice(i, min(i + chunk, doc.stop)) for i in range(doc.start, doc.stop, chunk)
+            ]
+            w.reset()
+            for span in spans:
+                w.apply_transposed(dy[b, span], dh[b, span])
+                if span is not spans[-1]:
+                    w.write(v[b, span], h[b, span])
+            s.reset()
+            for span in reversed(spans):
+                if not s.is_zero:
+                    s.apply_transposed(v[b, span], dh[b, span], accumulate=True)
+                    s.apply(h[b, span], None, dv[b, span])
+                s.write(dy[b, span], h[b, span])
+            dw0 += s.master
+    return dh, dv, dw0.to(w0.dtype)
+
+
+def _fast(base: Tensor | None, slot: str, dtype: torch.dtype, shape: tuple[int, ...]) -> FastMatrix:
+    return FastMatrix(base, workspace(slot, shape, state_dtype(dtype)), dtype, name=slot)
+
+
+def _base(h: Tensor, w0: Tensor, bias: Tensor | None, y: Tensor, run: Run) -> None:
+    y[run.start : run.stop] = static_apply(h[run.start : run.stop], w0, bias)
+
+
+def _any(v: Tensor) -> bool:
+    """Whether anything would be written: the first token answers for a trained adapter."""
+    return bool(v[0, 0].any()) or bool(v.any())

@@ -1,0 +1,154 @@
+"""Schemas, fakes and autograd formulas of the fast-weight ops (namespace ``ttt``).
+
+- ``ttt::site``: the marker that conversion puts in front of a down-projection. It only exists to carry
+  parameters, positions and state into the captured graph; the rewrite pass removes it. Running it means
+  that the model is not compiled with our backend, so its kernel raises.
+- ``ttt::chunk_conv``, ``ttt::chunk_scan`` (+ their backward ops): the stateless, differentiable form.
+- ``ttt::fast_weight_step``: the stateful form; mutates the running sequence's tensors.
+
+May be changed here: schemas, together with the rewrite pass. Importing this registers the ops; it imports
+no kernel toolchain.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ttt_compiler.codegen.cpu import conv as cpu_conv
+from ttt_compiler.codegen.cpu import scan as cpu_scan
+from ttt_compiler.codegen.cpu import step as cpu_step
+from ttt_compiler.errors import NotCompiledError, UnsupportedDeviceError
+from ttt_compiler.spec import SiteSpec
+
+_lib = torch.library.Library("ttt", "DEF")
+
+_lib.define(
+    "site(Tensor h, str spec, Tensor conv, Tensor? proj, Tensor? pos, "
+    "Tensor? w, Tensor? tail_h, Tensor? tail_t, Tensor? counts) -> Tensor"
+)
+_lib.define("chunk_conv(Tensor t, Tensor conv, Tensor? pos, int chunk) -> Tensor")
+_lib.define("chunk_conv_dweight(Tensor dv, Tensor t, Tensor? pos, int chunk, int kernel) -> Tensor")
+_lib.define("chunk_scan(Tensor h, Tensor v, Tensor w0, Tensor? bias, Tensor? pos, int chunk) -> Tensor")
+_lib.define(
+    "chunk_scan_backward(Tensor dy, Tensor h, Tensor v, Tensor w0, Tensor? pos, int chunk) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+_lib.define(
+    "fast_weight_step(Tensor h, Tensor t, Tensor w0, Tensor? bias, Tensor conv, Tensor? proj, Tensor? pos, "
+    "str spec, Tensor(a!) w, Tensor(b!) tail_h, Tensor(c!) tail_t, Tensor(d!) counts) -> Tensor"
+)
+
+KERNEL_OPS = ("chunk_conv", "chunk_conv_dweight", "chunk_scan", "chunk_scan_backward", "fast_weight_step")
+
+
+def _site(h: Tensor, spec: str, *_: object) -> Tensor:
+    raise NotCompiledError(
+        f"{SiteSpec.decode(spec).key} is a fast-weight layer, but this call does not run through "
+        'backend="inplace_ttt". Type model.compile(backend="inplace_ttt") once, then call the model (or '
+        "model.generate) as usual. To run the base model on purpose: with ttt.disabled(model): ... ; to undo "
+        "the conversion: ttt.revert(model)"
+    )
+
+
+def _fast_weight_step(h: Tensor, t: Tensor, w0: Tensor, bias: Any, conv: Tensor, proj: Any, pos: Any,
+                      spec: str, w: Tensor, tail_h: Tensor, tail_t: Tensor, counts: Tensor) -> Tensor:
+    return cpu_step.fast_weight_step(
+        h, t, w0, bias, conv, proj, pos, SiteSpec.decode(spec), w, tail_h, tail_t, counts
+    )
+
+
+_lib.impl("site", _site, "CompositeExplicitAutograd")
+_lib.impl("chunk_conv", cpu_conv.chunk_conv, "CPU")
+_lib.impl("chunk_conv_dweight", cpu_conv.chunk_conv_dweight, "CPU")
+_lib.impl("chunk_scan", cpu_scan.chunk_scan, "CPU")
+_lib.impl("chunk_scan_backward", cpu_scan.chunk_scan_backward, "CPU")
+_lib.impl("fast_weight_step", _fast_weight_step, "CPU")
+
+
+def require_cpu(device: torch.device, where: str) -> None:
+    """Raise unless fast-weight kernels exist for ``device``.
+
+    Raises:
+        UnsupportedDeviceError: naming ``where`` and what to do.
+    """
+    if device.type not in ("cpu", "meta"):
+        raise UnsupportedDeviceError(
+            f"{where} is on {device}: fast-weight kernels exist for CPU only so far. Type model.to('cpu')"
+        )
+
+
+@torch.library.register_fake("ttt::site", lib=_lib)
+def _(h: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(h)
+
+
+@torch.library.register_fake("ttt::chunk_conv", lib=_lib)
+def _(t: Tensor, conv: Tensor, pos: Tensor | None, chunk: int) -> Tensor:
+    torch._check(conv.shape[0] == t.shape[-1], lambda: "conv must have one row of taps per channel of t")
+    return torch.empty_like(t, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("ttt::chunk_conv_dweight", lib=_lib)
+def _(dv: Tensor, t: Tensor, pos: Tensor | None, chunk: int, kernel: int) -> Tensor:
+    return t.new_empty(t.shape[-1], 1, kernel)
+
+
+@torch.library.register_fake("ttt::chunk_scan", lib=_lib)
+def _(h: Tensor, v: Tensor, w0: Tensor, bias: Tensor | None, pos: Tensor | None, chunk: int) -> Tensor:
+    torch._check(h.shape[-1] == w0.shape[1], lambda: "h and w0 disagree on F")
+    torch._check(v.shape[-1] == w0.shape[0], lambda: "v and w0 disagree on D")
+    return h.new_empty(h.shape[0], h.shape[1], w0.shape[0])
+
+
+@torch.library.register_fake("ttt::chunk_scan_backward", lib=_lib)
+def _(
+    dy: Tensor, h: Tensor, v: Tensor, w0: Tensor, pos: Tensor | None, chunk: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    contiguous = torch.contiguous_format
+    return (
+        torch.empty_like(h, memory_format=contiguous),
+        torch.empty_like(v, memory_format=contiguous),
+        w0.new_empty(w0.shape),
+    )
+
+
+@torch.library.register_fake("ttt::fast_weight_step", lib=_lib)
+def _(h: Tensor, t: Tensor, w0: Tensor, *_: object) -> Tensor:
+    torch._check(h.shape[-1] == w0.shape[1], lambda: "h and w0 disagree on F")
+    return h.new_empty(h.shape[0], h.shape[1], w0.shape[0])
+
+
+def _conv_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    t, conv, pos, chunk = inputs
+    ctx.save_for_backward(t, conv, pos)
+    ctx.chunk = chunk
+
+
+def _conv_backward(ctx: Any, dv: Tensor) -> tuple[Any, ...]:
+    t, conv, pos = ctx.saved_tensors
+    # Centred taps and zero padding: the adjoint is the same convolution with the taps reversed.
+    dt = torch.ops.ttt.chunk_conv(dv, conv.flip(-1), pos, ctx.chunk) if ctx.needs_input_grad[0] else None
+    dw = None
+    if ctx.needs_input_grad[1]:
+        dw = torch.ops.ttt.chunk_conv_dweight(dv, t, pos, ctx.chunk, conv.shape[-1])
+    return dt, dw, None, None
+
+
+def _scan_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    h, v, w0, bias, pos, chunk = inputs
+    ctx.save_for_backward(h, v, w0, pos)
+    ctx.chunk = chunk
+    ctx.has_bias = bias is not None
+
+
+def _scan_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    h, v, w0, pos = ctx.saved_tensors
+    dh, dv, dw0 = torch.ops.ttt.chunk_scan_backward(dy, h, v, w0, pos, ctx.chunk)
+    return dh, dv, dw0, dy.sum(dim=(0, 1)) if ctx.has_bias else None, None, None
+
+
+torch.library.register_autograd("ttt::chunk_conv", _conv_backward, setup_context=_conv_setup, lib=_lib)
+torch.library.register_autograd("ttt::chunk_scan", _scan_backward, setup_context=_scan_setup, lib=_lib)

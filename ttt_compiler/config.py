@@ -1,0 +1,133 @@
+"""What a user may choose, frozen and checked.
+
+May be changed here: fields, with a default, a check and a docstring line each. A change that alters the
+meaning of stored files raises ``VERSION`` and teaches :meth:`TTTConfig.from_dict` the old form.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ttt_compiler.errors import ConfigError
+
+VERSION = 1
+TARGETS = ("hidden_states", "input_embed")
+_EVERY = re.compile(r"every:(\d+)(?:\+(\d+))?")
+
+Layers = str | tuple[int, ...] | tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TTTConfig:
+    """How a model's MLP down-projections become fast weights.
+
+    Attributes:
+        layers: which blocks: ``"all"``, ``"every:k"``, ``"every:k+offset"``, a sequence of block indices
+            (0-based), or a sequence of glob patterns over the weights' names.
+        chunk_size: C, tokens per write. The paper's ablation is best at 512 and 1024.
+        lr: eta in ``W += eta * v^T h``.
+        target: what ``v`` is computed from: ``"hidden_states"`` (the MLP's own input) or
+            ``"input_embed"`` (the token embeddings).
+        proj: whether ``v = conv(t) @ P`` has the projection P, or is ``conv(t)`` alone.
+        conv_kernel: taps of the depthwise convolution; odd, centred on the token.
+    """
+
+    layers: Layers = "every:6"
+    chunk_size: int = 1024
+    lr: float = 0.3
+    target: str = "hidden_states"
+    proj: bool = True
+    conv_kernel: int = 5
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", _checked_layers(self.layers))
+        _check_int("chunk_size", self.chunk_size, minimum=1)
+        _check_int("conv_kernel", self.conv_kernel, minimum=1)
+        if self.conv_kernel % 2 == 0:
+            raise ConfigError(f"conv_kernel={self.conv_kernel} must be odd: the taps are centred on the token")
+        if isinstance(self.lr, bool) or not isinstance(self.lr, (int, float)) or self.lr != self.lr:
+            raise ConfigError(f"lr={self.lr!r} must be a finite number")
+        if abs(self.lr) == float("inf"):
+            raise ConfigError(f"lr={self.lr!r} must be a finite number")
+        object.__setattr__(self, "lr", float(self.lr))
+        if self.target not in TARGETS:
+            raise ConfigError(f"target={self.target!r} must be one of {', '.join(map(repr, TARGETS))}")
+        if not isinstance(self.proj, bool):
+            raise ConfigError(f"proj={self.proj!r} must be True or False")
+
+    @classmethod
+    def field_names(cls) -> tuple[str, ...]:
+        """Names of all options, in the order of the class."""
+        return tuple(f.name for f in dataclasses.fields(cls))
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> TTTConfig:
+        """Build a config from ``torch.compile(options=...)``.
+
+        Raises:
+            ConfigError: an option is unknown (the message lists the valid ones) or has a bad value.
+        """
+        check_keys(options, cls.field_names(), what="option")
+        return cls(**dict(options))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form with the version stamp."""
+        fields = dataclasses.asdict(self)
+        if not isinstance(self.layers, str):
+            fields["layers"] = list(self.layers)
+        return {"version": VERSION, **fields}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> TTTConfig:
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            ConfigError: another version, or unknown keys.
+        """
+        version = data.get("version")
+        if version != VERSION:
+            raise ConfigError(
+                f"configuration version {version!r} cannot be read: this ttt_compiler reads version {VERSION}"
+            )
+        return cls.from_options({k: v for k, v in data.items() if k != "version"})
+
+    def every(self) -> tuple[int, int] | None:
+        """``(k, offset)`` when ``layers`` is ``"every:k"`` or ``"every:k+offset"``, else None."""
+        match = _EVERY.fullmatch(self.layers) if isinstance(self.layers, str) else None
+        return (int(match[1]), int(match[2] or 0)) if match else None
+
+
+def check_keys(given: Mapping[str, Any], valid: Sequence[str], *, what: str) -> None:
+    """Raise :class:`ConfigError` for the first key of ``given`` that is not in ``valid``."""
+    for key in given:
+        if key not in valid:
+            close = difflib.get_close_matches(str(key), valid, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ConfigError(f"unknown {what} {key!r}.{hint} Valid: {', '.join(valid)}")
+
+
+def _check_int(name: str, value: object, *, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ConfigError(f"{name}={value!r} must be an integer of at least {minimum}")
+
+
+def _checked_layers(layers: object) -> Layers:
+    if isinstance(layers, str):
+        match = _EVERY.fullmatch(layers)
+        if layers == "all" or (match and int(match[1]) > 0):
+            return layers
+        raise ConfigError(
+            f'layers={layers!r} must be "all", "every:k", "every:k+offset", a list of block indices, '
+            f"or a list of glob patterns over weight names"
+        )
+    if isinstance(layers, Sequence) and len(layers) > 0:
+        if all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in layers):
+            return tuple(sorted(set(layers)))
+        if all(isinstance(p, str) and p for p in layers):
+            return tuple(layers)
+    raise ConfigError(f"layers={layers!r} must be a non-empty list of block indices (>= 0) or of glob patterns")

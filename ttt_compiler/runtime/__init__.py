@@ -1,0 +1,1 @@
+"""State of running sequences: layout, caches, sessions, snapshots."""
