@@ -23,6 +23,7 @@ def chunk_conv(t: Tensor, conv: Tensor, pos: Tensor | None, chunk: int) -> Tenso
         pos: int64 ``[B or 1, T]`` or None; padding gives zeros.
         chunk: C.
     """
+    t = t.contiguous()
     out = torch.zeros_like(t) if pos is not None else torch.empty_like(t)
     taps = conv[:, 0].t()
     for src, dst in _chunk_views(pos, chunk, t, out):
@@ -37,7 +38,7 @@ def chunk_conv_dweight(dv: Tensor, t: Tensor, pos: Tensor | None, chunk: int, ke
         for k, (to, frm) in enumerate(_overlaps(src.shape[-2], kernel)):
             prod = grad[..., to, :] * src[..., frm, :]
             acc[k] += prod.sum(dim=tuple(range(prod.dim() - 1)), dtype=acc.dtype)
-    return acc.t()[:, None].to(t.dtype)
+    return acc.t()[:, None].to(t.dtype).contiguous()
 
 
 def convolve(src: Tensor, taps: Tensor, out: Tensor) -> None:

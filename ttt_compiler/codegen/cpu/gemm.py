@@ -67,15 +67,21 @@ def apply(h: Tensor, w: Tensor, bias: Tensor | None, out: Tensor) -> None:
         torch.addmm(bias, h, w.t(), out=out)
 
 
-def static_apply(h: Tensor, w0: Tensor, bias: Tensor | None) -> Tensor:
+def static_apply(
+    h: Tensor, w0: Tensor, bias: Tensor | None, *, out: Tensor | None = None
+) -> Tensor:
     """The base model's own projection, by the very call that Inductor emits for it.
 
     Same library, same shape ``[B*T, F]``, same strides: the result is the base model's bit for bit.
-    h ``[B, T, F]``, w0 ``[D, F]`` (any strides), bias ``[D]`` or None; returns ``[B, T, D]``.
+    h ``[..., F]``, w0 ``[D, F]`` (any strides), bias ``[D]`` or None; returns ``[..., D]``.
     """
     flat = h.reshape(-1, h.shape[-1])
-    y = torch.mm(flat, w0.t()) if bias is None else torch.addmm(bias, flat, w0.t())
-    return y.view(*h.shape[:-1], w0.shape[0])
+    y = h.new_empty(*h.shape[:-1], w0.shape[0]) if out is None else out
+    if bias is None:
+        torch.mm(flat, w0.t(), out=y.view(-1, w0.shape[0]))
+    else:
+        torch.addmm(bias, flat, w0.t(), out=y.view(-1, w0.shape[0]))
+    return y
 
 
 class FastMatrix:

@@ -15,7 +15,14 @@ from ttt_compiler.codegen.cpu.gemm import FastMatrix, state_dtype, static_apply,
 from ttt_compiler.codegen.segments import Run, documents, row_runs
 
 def chunk_scan(
-    h: Tensor, v: Tensor, w0: Tensor, bias: Tensor | None, pos: Tensor | None, chunk: int
+    h: Tensor,
+    v: Tensor,
+    w0: Tensor,
+    bias: Tensor | None,
+    pos: Tensor | None,
+    chunk: int,
+    *,
+    out: Tensor | None = None,
 ) -> Tensor:
     """``y_i = h_i W_i.T + bias; W_{i+1} = W_i + v_i.T h_i`` with W = w0 at the start of every document.
 
@@ -26,15 +33,16 @@ def chunk_scan(
         bias: ``[D]`` or None.
         pos: int64 ``[B or 1, T]`` or None; padding is projected by w0 and never written.
         chunk: C.
+        out: contiguous ``[B, T, D]`` to fill; by default a new tensor.
 
     Returns:
         ``y [B, T, D]``.
     """
     if h.numel() == 0 or not _any(v):
-        return static_apply(h, w0, bias)
+        return static_apply(h, w0, bias, out=out)
     h, v = h.contiguous(), v.contiguous()
     batch, length, _ = h.shape
-    y = h.new_empty(batch, length, w0.shape[0])
+    y = h.new_empty(batch, length, w0.shape[0]) if out is None else out
     w = _fast(w0, "scan.w", h.dtype, tuple(w0.shape))
     for b, runs in enumerate(row_runs(pos, batch, length)):
         for run in runs:

@@ -1,0 +1,156 @@
+"""``torch.compile(model, backend="inplace_ttt", options=..., mode=...)``.
+
+Two doors. :func:`inplace_ttt` is the Dynamo backend: a captured graph goes through the pass pipeline and
+on to AOTAutograd and Inductor. :func:`bind` stands in front of it, outside of any capture: it checks the
+options when ``torch.compile`` is called, converts the model at its first call, and settles the cache of
+every call. May be changed here: what options mean. Importing this registers both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ttt_compiler import compat
+from ttt_compiler.codegen import ops  # noqa: F401  (registers the ops before any graph is loaded)
+from ttt_compiler.config import TTTConfig
+from ttt_compiler.conversion import convert, is_known_weight, is_region, root_of
+from ttt_compiler.errors import (
+    AlreadyConvertedError,
+    ConfigError,
+    NotCompiledError,
+    NotConvertedError,
+)
+from ttt_compiler.passes.pipeline import PipelineResult, pipeline_uuid, run_pipeline
+from ttt_compiler.runtime.root import Root, call_mode
+
+
+def inplace_ttt(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """The Dynamo backend: rewrite fast-weight sites, then compile with Inductor.
+
+    Args:
+        gm: the captured graph.
+        example_inputs: its inputs; parameters are the real ones.
+        options: fields of :class:`TTTConfig`; used when the model is converted, checked here.
+        mode: as for ``torch.compile`` ("default", "reduce-overhead", "max-autotune", ...).
+
+    Raises:
+        ConfigError: unknown option or mode.
+        NotConvertedError: the graph holds MLPs of a model that was never converted.
+        GraphRewriteError: a chosen site cannot be rewritten.
+    """
+    parse_options(options, mode)
+    result = run_pipeline(gm)
+    if not result.state.sites:
+        _require_converted(gm, example_inputs, result)
+    import ttt_compiler.codegen.lowering  # noqa: F401  (a second of imports that only compiling needs)
+
+    return compat.inductor_compile(result.gm, example_inputs, mode=mode, uuid=pipeline_uuid())
+
+
+def parse_options(options: Mapping[str, Any] | None, mode: str | None) -> TTTConfig | None:
+    """The config that ``options`` describe, None when none were given.
+
+    Raises:
+        ConfigError: unknown option or mode.
+    """
+    if mode is not None and mode not in compat.inductor_modes():
+        raise ConfigError(f"unknown mode {mode!r}. Valid: {', '.join(compat.inductor_modes())}")
+    return TTTConfig.from_options(options) if options else None
+
+
+def bind(
+    module: nn.Module,
+    forward: Callable[..., Any],
+    compile_one: compat.CompileOne,
+    backend_kwargs: Mapping[str, Any],
+) -> Callable[..., Any]:
+    """What runs when a module compiled with our backend is called.
+
+    Converts the module at its first call when nobody did before. A call that runs on a state records no
+    autograd graph: writes into running fast weights are not differentiable.
+    """
+    config = parse_options(backend_kwargs.get("options"), backend_kwargs.get("mode"))
+    root = root_of(module)
+    if root is not None:
+        _check_same(module, root, config)
+    compiled: dict[object, Callable[..., Any]] = {}
+
+    def run(kind: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # One code object per kind of call: Dynamo budgets recompiles per code object, and gives up in
+        # silence when they are spent.
+        if kind not in compiled:
+            compiled[kind] = compile_one(compat.own_code(forward))
+        try:
+            return compiled[kind](*args, **kwargs)
+        except NotCompiledError as e:
+            e.add_note(
+                "The call did go through torch.compile, but Dynamo ran it uncompiled: a graph break inside of a "
+                "layer, torch.compiler.set_stance, or torch._dynamo.config.recompile_limit (raise it, or pass "
+                "dynamic=True). TORCH_LOGS=recompiles,graph_breaks shows which"
+            )
+            raise
+
+    def entry(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return forward(*args, **kwargs)
+        root = root_of(module)
+        if root is None and is_region(module):
+            return run("region", args, kwargs)
+        if root is None:
+            root = root_of(convert(module, config, example_inputs=_example_inputs(module, args, kwargs)))
+            assert root is not None, "convert records a root"
+        _check_same(module, root, config)
+        if len(args) <= len(root.slots):
+            # Spelled by name, however the caller wrote it: fewer variants to compile.
+            kwargs = {**dict(zip(root.slots, args, strict=False)), **kwargs}
+            args = ()
+        kwargs, stateful = root.prepare(module, args, kwargs)
+        with call_mode(stateful):
+            return run((stateful, root.context.enabled, torch.is_grad_enabled()), args, kwargs)
+
+    return entry
+
+
+def _check_same(module: nn.Module, root: Root, config: TTTConfig | None) -> None:
+    if config is not None and config != root.config:
+        raise AlreadyConvertedError(
+            f"{type(module).__name__} is converted with {root.config}, but torch.compile was given options for {config}. "
+            "Leave options out, or ttt.revert(model) first"
+        )
+
+
+def _example_inputs(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], Mapping[str, Any]] | None:
+    """Models of transformers are looked at on a few tokens of their own; others on this call's inputs."""
+    if hasattr(module, "config") and getattr(module, "main_input_name", None) == "input_ids":
+        return None
+    return args, kwargs
+
+
+def _require_converted(gm: fx.GraphModule, inputs: Sequence[Any], result: PipelineResult) -> None:
+    """A region with MLPs, but without markers, is right only when their model was converted."""
+    forked = dict(
+        zip(result.gm.graph.find_nodes(op="placeholder"), inputs, strict=True)
+    )
+    for site in result.state.report.sites:
+        weight = forked.get(site.top_weight)
+        if site.kind == "dense" and isinstance(weight, Tensor) and not is_known_weight(weight):
+            raise NotConvertedError(
+                "the compiled function holds the MLP of a model that was never converted. Type "
+                "ttt.convert(model, ttt.TTTConfig(...)) before compiling a function that calls it, or compile "
+                'the model itself: torch.compile(model, backend="inplace_ttt")'
+            )
+
+
+compat.install_compile_hook(inplace_ttt, bind)

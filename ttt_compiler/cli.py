@@ -1,0 +1,167 @@
+"""The command ``ttt-compiler``.
+
+May be changed here: commands and their options. A command only parses, calls, and prints: what it
+does lives elsewhere. A :class:`TTTError` becomes one red line and exit code 2, never a traceback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import ttt_compiler
+from ttt_compiler.config import Layers, TTTConfig
+from ttt_compiler.errors import TTTError
+
+_MISSING = "the command line needs the package {}. Type: pip install 'ttt_compiler[demo]'"
+
+try:
+    import typer
+except ImportError as missing:
+    print(_MISSING.format(missing.name), file=sys.stderr)
+    raise SystemExit(2) from None
+
+app = typer.Typer(
+    name="ttt-compiler",
+    help='In-Place Test-Time Training by torch.compile(model, backend="inplace_ttt").',
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+_LAYERS = (
+    "all, every:K, every:K+OFFSET, block indices (0,6,12), or glob patterns over weight names."
+)
+_MODEL = "smollm2 (the packaged SmolLM2-135M), a folder, a .gguf file, or a name on the hub."
+
+LayersOption = Annotated[str, typer.Option(help=_LAYERS)]
+ChunkOption = Annotated[int, typer.Option(help="Tokens per write.")]
+RateOption = Annotated[float, typer.Option(help="eta in W += eta * v^T h.")]
+TargetOption = Annotated[str, typer.Option(help="hidden_states or input_embed.")]
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    if not sys.stderr.isatty():
+        # Loading bars of other libraries would fill a log file.
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    app()
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"ttt_compiler {ttt_compiler.__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def explain(
+    model: Annotated[str, typer.Argument(help=_MODEL)],
+    layers: LayersOption = "every:6",
+    chunk_size: ChunkOption = 1024,
+    lr: RateOption = 0.3,
+    target: TargetOption = "hidden_states",
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
+) -> None:
+    """Say which MLPs of MODEL would become fast weights, why not the others, and the cost."""
+    with _friendly():
+        config = TTTConfig(layers=parse_layers(layers), chunk_size=chunk_size, lr=lr, target=target)
+        from ttt_compiler.pretrained import load_pretrained
+        from ttt_compiler.report import explain as explain_model
+
+        loaded, _ = load_pretrained(model)
+        report = explain_model(loaded, config)
+        typer.echo(json.dumps(report.to_dict(), indent=1) if as_json else str(report))
+
+
+@app.command()
+def demo(
+    model: Annotated[str, typer.Option(help=_MODEL)] = "smollm2",
+    document: Annotated[
+        Path | None, typer.Option(help="A UTF-8 text. Default: Python's language reference.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for plot, numbers and session.")] = Path(
+        "demo-output"
+    ),
+    tokens: Annotated[int, typer.Option(help="How much of the document is read.")] = 8192,
+    window: Annotated[int, typer.Option(help="Tokens that attention sees at most.")] = 1024,
+    block: Annotated[int, typer.Option(help="Tokens per call.")] = 512,
+    sink: Annotated[int, typer.Option(help="First tokens that stay in the window.")] = 4,
+    continuation: Annotated[int, typer.Option(help="Tokens to generate at the end.")] = 32,
+    layers: LayersOption = "every:6",
+    chunk_size: ChunkOption = 512,
+    lr: RateOption = 0.3,
+    target: TargetOption = "hidden_states",
+    adapter: Annotated[
+        Path | None,
+        typer.Option(help="A trained adapter; it brings its own layers, chunk size, lr, target."),
+    ] = None,
+    random_adapter: Annotated[
+        bool, typer.Option("--random-adapter", help="A random adapter, to see state move.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of the random adapter.")] = 0,
+) -> None:
+    """Read a document longer than the model's window with static and with fast weights."""
+    with _friendly():
+        _require("rich", "matplotlib")
+        from rich.console import Console
+
+        from ttt_compiler.demo import DemoOptions, run_demo
+        from ttt_compiler.demo_view import View, write_files
+
+        options = DemoOptions(
+            model=model,
+            document=document,
+            out=out,
+            tokens=tokens,
+            window=window,
+            block=block,
+            sink=sink,
+            continuation=continuation,
+            layers=parse_layers(layers),
+            chunk_size=chunk_size,
+            lr=lr,
+            target=target,
+            adapter=adapter,
+            random_adapter=random_adapter,
+            seed=seed,
+        )
+        view = View(Console())
+        result = run_demo(options, say=view.say, track=view.track)
+        view.show(options, result)
+        typer.echo(f"written: {', '.join(str(path) for path in write_files(options, result))}")
+
+
+def parse_layers(text: str) -> Layers:
+    """``layers=`` from its command-line form."""
+    if text == "all" or text.startswith("every"):
+        return text
+    parts = tuple(part.strip() for part in text.split(","))
+    return tuple(int(p) for p in parts) if all(p.isdecimal() for p in parts) else parts
+
+
+@contextlib.contextmanager
+def _friendly() -> Iterator[None]:
+    try:
+        yield
+    except TTTError as e:
+        first, _, rest = str(e).partition("\n")
+        typer.secho(f"error: {first}", fg=typer.colors.RED, err=True)
+        if rest:
+            typer.echo(rest, err=True)
+        raise typer.Exit(2) from e
+
+
+def _require(*packages: str) -> None:
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise TTTError(_MISSING.format(package))

@@ -1,0 +1,136 @@
+"""Closed-form FLOPs and bytes of a fast-weight site, and the name of the lowering that runs it.
+
+The formulas describe the algorithms in :mod:`ttt_compiler.codegen.cpu`; nothing is measured here.
+May be changed here: a formula or a name, together with the kernel that it describes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ttt_compiler.codegen.cpu.gemm import ONEDNN_MIN_ROWS, SHADOW_MIN_ROWS, is_amd, state_dtype
+from ttt_compiler.runtime.site import CONV, PROJ
+from ttt_compiler.spec import SiteSpec
+
+OVERHEAD_RULE = (
+    "of the model's linear FLOPs, 2 per scalar of every weight matrix and token; embedding "
+    "look-ups cost none, attention scores are not counted, experts count in full"
+)
+
+
+@dataclass(frozen=True)
+class SiteFlops:
+    """FLOPs of one site per token; a multiplication and an addition are two.
+
+    Attributes:
+        apply: ``h W^T``, what the static projection costs too.
+        write: ``v^T h``, per written token.
+        proj: ``conv(t) P``, per written token; 0 without P.
+        conv: the depthwise convolution, per written token.
+    """
+
+    apply: int
+    write: int
+    proj: int
+    conv: int
+
+    @property
+    def added(self) -> int:
+        """What a written token costs beyond the static projection."""
+        return self.write + self.proj + self.conv
+
+
+def site_flops(spec: SiteSpec) -> SiteFlops:
+    """FLOPs per token: apply 2DF; a written token adds 2DF + 2 Dt D + 2 K Dt."""
+    projection = 2 * spec.d_model * spec.d_ff
+    return SiteFlops(
+        apply=projection,
+        write=projection,
+        proj=2 * spec.d_target * spec.d_model if spec.proj else 0,
+        conv=2 * spec.conv_kernel * spec.d_target,
+    )
+
+
+def written_chunks(spec: SiteSpec, tokens: int, *, seen: int = 0) -> int:
+    """Chunks that ``tokens`` tokens complete in a sequence that has seen ``seen``."""
+    return (seen % spec.chunk + tokens) // spec.chunk
+
+
+def call_flops(spec: SiteSpec, tokens: int, *, seen: int = 0) -> int:
+    """FLOPs of one call of a running sequence: all tokens are applied, full chunks written."""
+    flops = site_flops(spec)
+    return tokens * flops.apply + written_chunks(spec, tokens, seen=seen) * spec.chunk * flops.added
+
+
+def call_bytes(spec: SiteSpec, tokens: int, dtype: torch.dtype, *, seen: int = 0) -> int:
+    """Bytes that one call of a running sequence must move at least.
+
+    W is read once per piece between two chunk borders, h and t are read, y is written; a write
+    reads its chunk's h and t and reads and writes W.
+    """
+    element, acc = dtype.itemsize, state_dtype(dtype).itemsize
+    matrix = spec.d_model * spec.d_ff
+    writes = written_chunks(spec, tokens, seen=seen)
+    pieces = -(-(seen % spec.chunk + tokens) // spec.chunk)
+    rows = tokens * (spec.d_ff + spec.d_target + spec.d_model) * element
+    chunk = spec.chunk * (spec.d_ff + spec.d_target) * element
+    return pieces * matrix * acc + rows + writes * (chunk + 2 * matrix * acc)
+
+
+def linear_parameters(model: nn.Module) -> int:
+    """Scalars of every weight matrix that multiplies a token, each counted once.
+
+    An embedding table counts only where it is the output projection as well. What conversion added
+    does not count.
+    """
+    looked_up = {
+        id(p)
+        for m in model.modules()
+        if isinstance(m, nn.Embedding)
+        for p in m.parameters(recurse=False)
+    }
+    multiplied = {}
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() >= 2 and name not in (CONV, PROJ):
+                multiplied[id(parameter)] = parameter.numel()
+    heads = getattr(model, "get_output_embeddings", lambda: None)()
+    head = id(getattr(heads, "weight", None))
+    return sum(size for key, size in multiplied.items() if key not in looked_up or key == head)
+
+
+def overhead_percent(specs: Iterable[SiteSpec], model_params: int) -> float:
+    """Added FLOPs per written token in percent of ``2 * model_params``; see ``OVERHEAD_RULE``.
+
+    Args:
+        specs: the sites.
+        model_params: :func:`linear_parameters` of their model.
+    """
+    if model_params <= 0:
+        return 0.0
+    return 100.0 * sum(site_flops(s).added for s in specs) / (2 * model_params)
+
+
+def lowering_name(spec: SiteSpec, device: torch.device, dtype: torch.dtype) -> str:
+    """In words, what runs a site on ``device`` for operands of ``dtype``."""
+    if device.type not in ("cpu", "meta"):
+        return f"none: kernels exist for CPU only so far, and the weights are on {device.type}"
+    blas = "MKL" if torch.backends.mkl.is_available() else "the BLAS that torch was built with"
+    gemms = f"GEMMs by {blas}"
+    if dtype in (torch.bfloat16, torch.float16):
+        gemms = (
+            f"{str(dtype).removeprefix('torch.')} GEMMs on a copy of the state, fewer than "
+            f"{SHADOW_MIN_ROWS} rows on the state itself"
+        )
+    elif dtype == torch.float32 and is_amd() and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        gemms += f", applies of {ONEDNN_MIN_ROWS} rows and more by oneDNN"
+        if spec.chunk < ONEDNN_MIN_ROWS:
+            gemms += f" (a chunk has {spec.chunk})"
+    state = str(state_dtype(dtype)).removeprefix("torch.float")
+    return f"cpu: chunk scan in state form, fp{state} state, one opaque op per site; {gemms}"

@@ -1,0 +1,178 @@
+"""Every private API of torch that the package leans on, in one place.
+
+Each entry names the version it was checked on; ``tests/test_compat.py`` fails loudly when one moves. May
+be changed here: the bodies, for a new torch. Nothing else in the package may reach into private modules.
+Checked on torch 2.13.0.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+CHECKED_TORCH = "2.13"
+
+CompileOne = Callable[[Callable[..., Any]], Callable[..., Any]]
+_trampolines = itertools.count()
+
+
+def compiling_backend(context: Any) -> tuple[Any, Mapping[str, Any]]:
+    """The user's backend callable and its keyword arguments behind a ``torch.compile`` context.
+
+    Checked on 2.13: ``_TorchDynamoContext.callback`` leads to ``torch._TorchCompileWrapper`` by
+    ``_torchdynamo_orig_backend``, which holds ``compiler_fn`` and ``kwargs``.
+    """
+    from torch._dynamo.eval_frame import innermost_backend
+
+    if not callable(context.callback):
+        return None, {}
+    backend = innermost_backend(context.callback)
+    return getattr(backend, "compiler_fn", backend), getattr(backend, "kwargs", {})
+
+
+def install_compile_hook(
+    backend: Callable[..., Any],
+    bind: Callable[[nn.Module, Callable[..., Any], CompileOne, Mapping[str, Any]], Callable[..., Any]],
+) -> None:
+    """Let ``bind`` stand at the door of every module compiled with ``backend``.
+
+    Why: a backend is called inside of a capture, where a model can no longer be prepared, and
+    ``torch.compile(model).generate()`` runs the original module uncompiled. For a module, or a bound
+    method of one, ``bind(module, forward, compile_one, backend_kwargs)`` returns what is called instead.
+    Both the compiled wrapper and the module itself then run it. Idempotent.
+
+    Checked on 2.13: ``torch._dynamo.eval_frame.OptimizeContext`` inherits ``__call__(fn)`` from
+    ``_TorchDynamoContext``; ``OptimizedModule.forward`` is an instance attribute; ``nn.Module.compile``
+    compiles ``self._call_impl``.
+    """
+    from torch._dynamo.eval_frame import OptimizeContext
+
+    if getattr(OptimizeContext.__call__, "_ttt_hook", False):
+        return
+    original = OptimizeContext.__call__
+
+    @functools.wraps(original)
+    def hooked(self: Any, fn: Any) -> Any:
+        compiler_fn, backend_kwargs = compiling_backend(self)
+        if compiler_fn is not backend:
+            return original(self, fn)
+        module = fn if isinstance(fn, nn.Module) else getattr(fn, "__self__", None)
+        if not isinstance(module, nn.Module):
+            return original(self, fn)
+        forward = module._call_impl if isinstance(fn, nn.Module) else fn
+        entry = bind(module, forward, functools.partial(original, self), backend_kwargs)
+        if not isinstance(fn, nn.Module):
+            return entry
+        optimized = original(self, fn)
+        optimized.forward = entry
+        # So that methods of the original module (generate) reach the compiled forward too.
+        module._compiled_call_impl = entry
+        return optimized
+
+    hooked._ttt_hook = True  # type: ignore[attr-defined]
+    OptimizeContext.__call__ = hooked  # type: ignore[method-assign, assignment]
+
+
+def own_code(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """``fn`` behind a function with a code object of its own.
+
+    Dynamo counts recompiles per code object: all models share ``nn.Module._call_impl``, so without this the
+    ninth model compiled in one process hits ``recompile_limit``.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return fn(*args, **kwargs)
+
+    call.__code__ = call.__code__.replace(co_name=f"ttt_call_{next(_trampolines)}")
+    return call
+
+
+def capture(
+    fn: Callable[..., Any], backend: Callable[..., Any]
+) -> Callable[..., Any]:
+    """``fn`` compiled with a callable ``backend``, static shapes, without touching other compiled code."""
+    return torch.compile(own_code(fn), backend=backend, dynamic=False)
+
+
+def fork_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
+    """A private copy of a Dynamo graph, higher-order-op bodies included, that may be rewritten.
+
+    Dynamo reads the graph it handed out again after the backend returns, so that one must stay as it is.
+    Checked on 2.13: nodes carry ``_dynamo_source``; AOTAutograd reads ``gm._param_name_to_source``.
+    """
+    graph = fx.Graph(tracer_cls=getattr(gm.graph, "_tracer_cls", None))
+    mapping: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(gm.graph, mapping)
+    old_output = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
+    graph.output(output).meta = dict(old_output.meta)
+    for old, new in mapping.items():
+        new.meta = dict(old.meta)
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+    forked = fx.GraphModule(gm, graph)
+    forked.meta = dict(gm.meta)
+    for name in ("_param_name_to_source", "_backend_id", "compile_subgraph_reason"):
+        if hasattr(gm, name):
+            setattr(forked, name, getattr(gm, name))
+    for name, child in list(forked.named_children()):
+        if isinstance(child, fx.GraphModule):
+            setattr(forked, name, fork_graph_module(child))
+    return forked
+
+
+def known_parameters() -> Any:
+    """A mapping that holds tensors weakly and by identity. Checked on 2.13."""
+    from torch.utils.weak import WeakIdKeyDictionary
+
+    return WeakIdKeyDictionary()
+
+
+def inductor_modes() -> tuple[str, ...]:
+    """Values that ``torch.compile(mode=...)`` may take."""
+    from torch._inductor import list_mode_options
+
+    return ("default", *(m for m in list_mode_options() if m != "default"))
+
+
+def inductor_compile(
+    gm: fx.GraphModule, inputs: Sequence[Any], *, mode: str | None, uuid: str
+) -> Callable[..., Any]:
+    """AOTAutograd and Inductor, with ``uuid`` in the key of their on-disk caches.
+
+    Those caches hash the graph but neither out-of-tree lowerings nor op implementations: without the tag a
+    changed kernel would silently reuse the old one. Checked on 2.13: ``post_grad_custom_pre_pass`` accepts
+    a ``CustomGraphPass`` and hashes its ``uuid()``.
+    """
+    from torch._inductor import config, list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.custom_graph_pass import get_custom_graph_passes
+
+    patches: dict[str, Any] = dict(list_mode_options(mode)) if mode not in (None, "default") else {}
+    theirs = get_custom_graph_passes(config.post_grad_custom_pre_pass)
+    patches["post_grad_custom_pre_pass"] = [*theirs, _cache_key_tag(uuid)]
+    compiled: Callable[..., Any] = compile_fx(gm, list(inputs), config_patches=patches)
+    return compiled
+
+
+def _cache_key_tag(uuid: str) -> Any:
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    class CacheKeyTag(CustomGraphPass):  # type: ignore[misc]
+        def __call__(self, graph: fx.Graph) -> None:
+            pass
+
+        def uuid(self) -> str:
+            return uuid
+
+    return CacheKeyTag()
+
+
+def meta_tensor(node: fx.Node) -> Tensor | None:
+    """The fake tensor that Dynamo (``example_value``) or export (``val``) left on a node."""
+    value = node.meta.get("example_value", node.meta.get("val"))
+    return value if isinstance(value, Tensor) else None

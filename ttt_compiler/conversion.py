@@ -1,0 +1,295 @@
+"""Attach fast weights to a model, and take them off again.
+
+``convert`` adds conv and P as ordinary parameters of the modules that own the chosen weights, before any
+optimiser is built, and puts the call boundary on the model. It computes nothing: compiling with
+``backend="inplace_ttt"`` does. May be changed here: initialisation, checks before conversion.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ttt_compiler.codegen.ops import require_cpu
+from ttt_compiler.compat import known_parameters
+from ttt_compiler.config import TTTConfig
+from ttt_compiler.discover import Discovery, FoundMLP, Inputs, discover
+from ttt_compiler.errors import (
+    AlreadyConvertedError,
+    NoMLPFoundError,
+    NonCausalModelError,
+    UnsupportedModelError,
+)
+from ttt_compiler.passes.choose_layers import choose_layers
+from ttt_compiler.runtime.root import (
+    NAME,
+    STATE_ARGUMENT,
+    Root,
+    find_root,
+    forward_slots,
+    require_root,
+    unwrap,
+)
+from ttt_compiler.runtime.site import CallContext, FastWeightSite, attach, detach
+from ttt_compiler.spec import SiteSpec
+
+# Weights of MLPs that some conversion has seen, chosen or not: a compiled region that holds only
+# unchosen ones is right without markers.
+_seen_weights = known_parameters()
+
+
+def convert(
+    model: nn.Module, config: TTTConfig | None = None, *, example_inputs: Inputs | None = None
+) -> nn.Module:
+    """Make the chosen MLP down-projections of ``model`` fast weights; in place.
+
+    Adds ``ttt_conv [Dt, 1, K]`` (zeros) and ``ttt_proj [Dt, D]`` (diagonal, N(0, initializer_range^2)) to
+    each owning module, so the model still computes what it did. Compile it afterwards:
+    ``model.compile(backend="inplace_ttt")``.
+
+    Args:
+        model: a transformers causal language model, or any module with ``example_inputs``.
+        config: defaults to ``TTTConfig()``.
+        example_inputs: ``(args, kwargs)`` of one call; transformers models need none.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        NoMLPFoundError: nothing convertible was found; lists what was refused and why.
+        LayerSelectionError: ``config.layers`` matches nothing.
+        NonCausalModelError: a chosen MLP sees later tokens.
+        UnsupportedModelError: the structure cannot carry fast weights yet.
+        AlreadyConvertedError: converted before with another config.
+    """
+    config = TTTConfig() if config is None else config
+    model = unwrap(model)
+    root = root_of(model)
+    if root is not None:
+        if root.config == config:
+            return model
+        raise AlreadyConvertedError(
+            f"{type(model).__name__} is already converted with {root.config}. Type ttt.revert(model) first"
+        )
+    _check_model(model)
+    found = discover(model, example_inputs)
+    chosen = check_sites(model, config, found)
+    context = CallContext()
+    specs = tuple(_spec(config, mlp, found) for mlp in chosen)
+    for mlp, spec in zip(chosen, specs, strict=True):
+        owner = model.get_submodule(mlp.weight.rpartition(".")[0])
+        weight = model.get_parameter(mlp.weight)
+        attach(owner, spec, *_initial_parameters(model, spec, weight), context)
+        for parameter in owner.parameters(recurse=False):
+            parameter.requires_grad_(parameter.requires_grad and weight.requires_grad)
+    for mlp in found.mlps:
+        _seen_weights[model.get_parameter(mlp.weight)] = True
+    _install(
+        model,
+        Root(
+            config=config,
+            specs=specs,
+            owners={mlp.weight: mlp.weight.rpartition(".")[0] for mlp in chosen},
+            transposed=frozenset(mlp.weight for mlp in chosen if mlp.transposed),
+            known_weights=frozenset(mlp.weight for mlp in found.mlps),
+            context=context,
+            slots=forward_slots(model.forward),
+            make_cache=_cache_factory(model),
+        ),
+    )
+    return model
+
+
+def revert(model: nn.Module) -> nn.Module:
+    """Undo :func:`convert` exactly: classes, parameters and forward are the original ones again.
+
+    Raises:
+        NotConvertedError: the model carries no fast weights.
+    """
+    model, root = require_root(model)
+    for path in root.owners.values():
+        detach(model.get_submodule(path))
+    del model.forward  # type: ignore[attr-defined]
+    if "_ttt_forward" in model.__dict__:
+        model.forward = model.__dict__.pop("_ttt_forward")
+    delattr(model, NAME)
+    # What was compiled with the markers must not run again.
+    model._compiled_call_impl = None
+    return model
+
+
+@contextlib.contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside this context the converted model is the base model, compiled or not.
+
+    Raises:
+        NotConvertedError: the model carries no fast weights.
+    """
+    context = require_root(model)[1].context
+    before, context.enabled = context.enabled, False
+    try:
+        yield model
+    finally:
+        context.enabled = before
+
+
+def root_of(model: nn.Module) -> Root | None:
+    """What conversion recorded on ``model``, None when it is not converted."""
+    return find_root(model)[1]
+
+
+def is_region(module: nn.Module) -> bool:
+    """Whether ``module`` is a part of a converted model (regional compilation)."""
+    return root_of(module) is None and any(isinstance(m, FastWeightSite) for m in module.modules())
+
+
+def is_known_weight(weight: Tensor) -> bool:
+    """Whether some conversion has seen this MLP weight."""
+    return weight in _seen_weights
+
+
+def check_sites(model: nn.Module, config: TTTConfig, found: Discovery) -> list[FoundMLP]:
+    """The MLPs that ``config`` chooses, each checked.
+
+    Raises:
+        NoMLPFoundError, LayerSelectionError, NonCausalModelError, UnsupportedModelError.
+    """
+    dense = [m for m in found.mlps if m.kind == "dense"]
+    if not dense:
+        raise NoMLPFoundError(_nothing_found(model, found))
+    keys = choose_layers(config, [m.weight for m in dense])
+    chosen = [m for m in dense if m.weight in keys]
+    for mlp in chosen:
+        reason = why_not(model, config, mlp, found)
+        if reason is not None:
+            error = NonCausalModelError if mlp.causal is False else UnsupportedModelError
+            raise error(f"{mlp.weight}: {reason}")
+    return chosen
+
+
+def why_not(model: nn.Module, config: TTTConfig, mlp: FoundMLP, found: Discovery) -> str | None:
+    """Why this MLP cannot become a fast weight under ``config``, or None."""
+    if mlp.kind != "dense":
+        return "routed experts see tokens in expert order, not in sequence order; they are left alone"
+    if mlp.causal is False:
+        return (
+            "it sees later tokens (bidirectional attention), so what it writes would leak into earlier outputs. "
+            "In-Place TTT needs a causal decoder"
+        )
+    if mlp.uses > 1:
+        return f"its weight is shared by {mlp.uses} places of the model; one state per place is not supported yet"
+    if mlp.weight.startswith("<"):
+        return "its weight is not a parameter of the model"
+    owner = model.get_submodule(mlp.weight.rpartition(".")[0])
+    if next(owner.children(), None) is not None or mlp.weight.rpartition(".")[2] != "weight":
+        return (
+            f"its weight is owned by {type(owner).__name__}, which is no linear layer by itself; only weights of "
+            "linear-like layers (forward(h) -> projection) can be converted yet"
+        )
+    if config.target == "input_embed":
+        if found.embed_width is None:
+            return 'target="input_embed" needs one token-embedding look-up, and the model has none or several'
+        if not config.proj and found.embed_width != mlp.d_model:
+            return f"embeddings are {found.embed_width} wide, the output {mlp.d_model}: proj=False cannot bridge that"
+    return None
+
+
+def _check_model(model: nn.Module) -> None:
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise NonCausalModelError(
+            f"{type(model).__name__} is an encoder-decoder: its encoder layers see both directions, and its decoder "
+            "layers depend on them. In-Place TTT needs a causal decoder"
+        )
+    if is_region(model):
+        raise AlreadyConvertedError(f"{type(model).__name__} is part of, or holds, a model that is converted already")
+    for parameter in model.parameters():
+        require_cpu(parameter.device, type(model).__name__)
+
+
+def _spec(config: TTTConfig, mlp: FoundMLP, found: Discovery) -> SiteSpec:
+    width = mlp.d_model if config.target == "hidden_states" else found.embed_width
+    assert width is not None, "check_sites refuses input_embed without embeddings"
+    return SiteSpec(
+        key=mlp.weight,
+        d_model=mlp.d_model,
+        d_ff=mlp.d_ff,
+        d_target=width,
+        chunk=config.chunk_size,
+        lr=config.lr,
+        target=config.target,
+        proj=config.proj,
+        conv_kernel=config.conv_kernel,
+    )
+
+
+def _initial_parameters(
+    model: nn.Module, spec: SiteSpec, weight: Tensor
+) -> tuple[nn.Parameter, nn.Parameter | None]:
+    """conv = 0 and a diagonal P (paper appendix C.3): nothing is written until conv is trained."""
+    like = {"dtype": weight.dtype, "device": weight.device}
+    conv = nn.Parameter(torch.zeros(spec.d_target, 1, spec.conv_kernel, **like), weight.requires_grad)
+    if not spec.proj:
+        return conv, None
+    std = float(getattr(getattr(model, "config", None), "initializer_range", None) or 0.02)
+    proj = torch.zeros(spec.d_target, spec.d_model, **like)
+    proj.diagonal().normal_(0.0, std)
+    return conv, nn.Parameter(proj, weight.requires_grad)
+
+
+def _install(model: nn.Module, root: Root) -> None:
+    """Put the call boundary on this instance; signature and class stay what they were."""
+    own = model.__dict__.get("forward")
+    if own is not None:
+        model.__dict__["_ttt_forward"] = own
+    inner: Callable[..., Any] = type(model).forward if own is None else _ignore_self(own)
+
+    @functools.wraps(model.forward if own is not None else type(model).forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        here: Root = self.__dict__[NAME]
+        if not torch.compiler.is_compiling():
+            kwargs, _ = here.prepare(self, args, kwargs)
+        if not here.context.enabled:
+            kwargs.pop(STATE_ARGUMENT, None)
+            return inner(self, *args, **kwargs)
+        here.enter(args, kwargs)
+        out = inner(self, *args, **kwargs)
+        here.leave()
+        return out
+
+    model.__dict__[NAME] = root
+    model.forward = types.MethodType(forward, model)
+
+
+def _ignore_self(bound: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return bound(*args, **kwargs)
+
+    return forward
+
+
+def _cache_factory(model: nn.Module) -> Callable[[], Any] | None:
+    """Empty caches of the kind ``generate`` makes, for models of transformers that use one."""
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "get_text_config") or not hasattr(model, "generate"):
+        return None
+
+    def make() -> Any:
+        from transformers import DynamicCache
+
+        return DynamicCache(config=config.get_text_config(decoder=True))
+
+    return make
+
+
+def _nothing_found(model: nn.Module, found: Discovery) -> str:
+    lines = [f"no MLP down-projection found in {type(model).__name__} ({found.graphs} captured graphs). Refused:"]
+    lines += [f"  {m.weight}: routed experts are left alone" for m in found.mlps if m.kind != "dense"]
+    lines += [f"  {name or '<unnamed>'}: {reason}" for name, reason in found.rejections]
+    lines.append("An MLP is a projection D -> F, a nonlinearity, and a projection F -> D into the residual stream")
+    return "\n".join(lines)

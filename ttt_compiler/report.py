@@ -1,0 +1,371 @@
+"""``explain``: what was found in a model, what is or would become a fast weight, and its cost.
+
+It never raises: what goes wrong becomes a line of the report. May be changed here: what is
+reported, and its plain-text form (at most ``WIDTH`` columns). Detection and rules belong to
+``discover.py`` and ``conversion.py``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ttt_compiler import conversion
+from ttt_compiler.codegen.cost_model import (
+    OVERHEAD_RULE,
+    linear_parameters,
+    lowering_name,
+    overhead_percent,
+)
+from ttt_compiler.config import TTTConfig
+from ttt_compiler.discover import Discovery, FoundMLP, Inputs, discover
+from ttt_compiler.errors import NoMLPFoundError
+from ttt_compiler.passes.choose_layers import block_indices, choose_layers
+from ttt_compiler.runtime.root import Root, unwrap
+from ttt_compiler.runtime.state import bytes_per_sequence
+from ttt_compiler.spec import SiteSpec
+
+WIDTH = 110
+_TARGET_SOURCES = {"hidden_states": "the MLP's own input", "input_embed": "the token embeddings"}
+_NAMES_SHOWN = 3
+_LINES_SHOWN = 6
+
+
+@dataclass(frozen=True)
+class Row:
+    """One MLP.
+
+    Attributes:
+        weight: name of the down-projection's weight.
+        block: index of its block.
+        d_model: D. d_ff: F.
+        activation: e.g. ``"silu"``; None when the model could not be captured.
+        gated: whether two branches are multiplied; None when unknown.
+        bias: whether the projection has a bias; None when unknown.
+        chosen: whether it is (or would become) a fast weight.
+        reason: why it is not; None when chosen.
+        causal: whether its input is independent of later tokens; None when not probed.
+    """
+
+    weight: str
+    block: int
+    d_model: int
+    d_ff: int
+    activation: str | None
+    gated: bool | None
+    bias: bool | None
+    chosen: bool
+    reason: str | None
+    causal: bool | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`explain` found; ``print`` it, or take ``to_dict()``.
+
+    Attributes:
+        model: class of the model.
+        converted: whether it carries fast weights already.
+        config: the configuration that decides, JSON-ready; None when it is not known.
+        rows: every MLP, in graph order.
+        target_source: in words, what the written values are computed from.
+        parameters_added: scalars in all conv and P.
+        state_bytes: bytes of one sequence's state.
+        flops_overhead_percent: added FLOPs per written token; see ``cost_model.OVERHEAD_RULE``.
+        lowering: in words, what runs the sites.
+        rejected: (reason, names of contractions) of everything that is no MLP down-projection.
+        problems: what went wrong, and why a conversion would fail.
+    """
+
+    model: str
+    converted: bool = False
+    config: dict[str, Any] | None = None
+    rows: tuple[Row, ...] = ()
+    target_source: str | None = None
+    parameters_added: int = 0
+    state_bytes: int = 0
+    flops_overhead_percent: float = 0.0
+    lowering: str | None = None
+    rejected: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    problems: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        data = dataclasses.asdict(self)
+        data["rows"] = [dataclasses.asdict(row) for row in self.rows]
+        data["rejected"] = [
+            {"reason": r, "contractions": list(names)} for r, names in self.rejected
+        ]
+        data["problems"] = list(self.problems)
+        return data
+
+    def __str__(self) -> str:
+        chosen = sum(row.chosen for row in self.rows)
+        verb = "are fast weights" if self.converted else "would become fast weights"
+        lines = [f"{self.model}: {chosen} of {len(self.rows)} MLP down-projections {verb}"]
+        if self.config is not None:
+            options = "  ".join(f"{k}={v!r}" for k, v in self.config.items() if k != "version")
+            lines += _wrapped(options, "  ")
+        if self.rows:
+            lines += ["", *_table(self.rows)]
+        if chosen:
+            facts = {
+                "target source": self.target_source,
+                "parameters added": f"{self.parameters_added:,}",
+                "state per sequence": _mebibytes(self.state_bytes),
+                "FLOPs per written token": f"+{self.flops_overhead_percent:.1f} % {OVERHEAD_RULE}",
+                "lowering": self.lowering,
+            }
+            lines.append("")
+            for name, value in facts.items():
+                lines += _wrapped(str(value), f"{name:<25}")
+        if self.rejected:
+            lines += ["", "weighted contractions that are no MLP down-projection:"]
+            for reason, names in self.rejected:
+                more = (
+                    f", and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+                )
+                shown = f"{reason}: {', '.join(names[:_NAMES_SHOWN])}{more}"
+                lines += _wrapped(shown, f"{len(names):>5} x ")
+        if self.problems:
+            lines += ["", "problems:"]
+            for problem in self.problems:
+                lines += _wrapped(problem, "  - ")
+        return "\n".join(lines)
+
+
+def explain(
+    model: nn.Module, config: TTTConfig | None = None, *, example_inputs: Inputs | None = None
+) -> Report:
+    """What is (or would be) a fast weight in ``model``, why the rest is not, and what it costs.
+
+    Args:
+        model: converted or not, compiled or not; it is not changed.
+        config: what would be converted, by default ``TTTConfig()``; a converted model has its own.
+        example_inputs: ``(args, kwargs)`` of one call; models of transformers need none.
+
+    Returns:
+        A report. Never raises: see ``Report.problems``.
+    """
+    problems: list[str] = []
+    report = Report(model=type(model).__name__)
+    try:
+        model = unwrap(model)
+        report = Report(model=type(model).__name__)
+        root = conversion.root_of(model)
+        if root is None:
+            report = _explain_unconverted(model, config or TTTConfig(), example_inputs, problems)
+        else:
+            if config is not None and config != root.config:
+                problems.append(
+                    "the model is converted already, so config= was ignored; see ttt.revert(model)"
+                )
+            report = _explain_converted(model, root, example_inputs, problems)
+    except Exception as e:
+        problems.append(_problem(e))
+    return dataclasses.replace(report, problems=tuple(problems))
+
+
+def _explain_unconverted(
+    model: nn.Module, config: TTTConfig, inputs: Inputs | None, problems: list[str]
+) -> Report:
+    report = Report(
+        model=type(model).__name__,
+        config=config.to_dict(),
+        target_source=_target_source(config),
+    )
+    try:
+        conversion._check_model(model)
+    except Exception as e:
+        problems.append(_problem(e))
+    try:
+        found = discover(model, inputs)
+    except Exception as e:
+        problems.append(_problem(e))
+        return report
+    report = dataclasses.replace(report, rejected=_rejected(found))
+    keys: tuple[str, ...] = ()
+    try:
+        conversion.check_sites(model, config, found)
+    except Exception as e:
+        problems.append(_problem(e))
+    try:
+        keys = choose_layers(config, [m.weight for m in found.mlps if m.kind == "dense"])
+    except Exception as e:
+        # check_sites has said the same unless it failed for another reason first.
+        if _problem(e) not in problems and any(m.kind == "dense" for m in found.mlps):
+            problems.append(_problem(e))
+    reasons = {m.weight: _reason(model, config, m, found, keys) for m in found.mlps}
+    rows = tuple(_row(m, reasons[m.weight]) for m in found.mlps)
+    specs = [conversion._spec(config, m, found) for m in found.mlps if reasons[m.weight] is None]
+    return _with_costs(dataclasses.replace(report, rows=rows), model, specs, problems)
+
+
+def _explain_converted(
+    model: nn.Module, root: Root, inputs: Inputs | None, problems: list[str]
+) -> Report:
+    report = Report(
+        model=type(model).__name__,
+        converted=True,
+        config=root.config.to_dict(),
+        target_source=_target_source(root.config),
+    )
+    keys = tuple(spec.key for spec in root.specs)
+    try:
+        with conversion.disabled(model):
+            found = discover(model, inputs)
+        reasons = {
+            m.weight: None if m.weight in keys else _reason(model, root.config, m, found, keys)
+            for m in found.mlps
+        }
+        rows = tuple(_row(m, reasons[m.weight]) for m in found.mlps)
+        report = dataclasses.replace(report, rows=rows, rejected=_rejected(found))
+    except Exception as e:
+        problems.append(_problem(e))
+        report = dataclasses.replace(report, rows=_rows_of_specs(root.specs))
+    return _with_costs(report, model, root.specs, problems)
+
+
+def _with_costs(
+    report: Report, model: nn.Module, specs: Sequence[SiteSpec], problems: list[str]
+) -> Report:
+    if not specs:
+        return report
+    try:
+        weight = model.get_parameter(specs[0].key)
+        return dataclasses.replace(
+            report,
+            parameters_added=sum(s.parameters_added for s in specs),
+            state_bytes=bytes_per_sequence(specs, weight.dtype),
+            flops_overhead_percent=overhead_percent(specs, linear_parameters(model)),
+            lowering=lowering_name(specs[0], weight.device, weight.dtype),
+        )
+    except Exception as e:
+        problems.append(_problem(e))
+        return report
+
+
+def _reason(
+    model: nn.Module, config: TTTConfig, mlp: FoundMLP, found: Discovery, keys: Sequence[str]
+) -> str | None:
+    """Why an MLP stays as it is; what the layer choice leaves out may be impossible as well."""
+    reason = conversion.why_not(model, config, mlp, found)
+    if reason is None and mlp.weight not in keys:
+        reason = f"left out by layers={config.layers!r}"
+    return reason
+
+
+def _row(mlp: FoundMLP, reason: str | None) -> Row:
+    return Row(
+        weight=mlp.weight,
+        block=mlp.block,
+        d_model=mlp.d_model,
+        d_ff=mlp.d_ff,
+        activation=mlp.activation,
+        gated=mlp.gated,
+        bias=mlp.bias,
+        chosen=reason is None,
+        reason=reason,
+        causal=mlp.causal,
+    )
+
+
+def _rows_of_specs(specs: Sequence[SiteSpec]) -> tuple[Row, ...]:
+    blocks = block_indices([s.key for s in specs])
+    return tuple(
+        Row(s.key, block, s.d_model, s.d_ff, None, None, None, True, None, None)
+        for s, block in zip(specs, blocks, strict=True)
+    )
+
+
+def _rejected(found: Discovery) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    grouped: dict[str, list[str]] = {}
+    for name, reason in found.rejections:
+        grouped.setdefault(reason, []).append(name or "<unnamed>")
+    return tuple((reason, tuple(names)) for reason, names in grouped.items())
+
+
+def _target_source(config: TTTConfig) -> str:
+    return f"{config.target} ({_TARGET_SOURCES[config.target]})"
+
+
+def _problem(e: Exception) -> str:
+    """An error as a few lines; the list of refused contractions is in the report already."""
+    lines = str(e).splitlines() or [""]
+    if isinstance(e, NoMLPFoundError):
+        lines = [lines[0].removesuffix(" Refused:")]
+    more = ["..."] if len(lines) > _LINES_SHOWN else []
+    return "\n".join([f"{type(e).__name__}: {lines[0]}", *lines[1:_LINES_SHOWN], *more])
+
+
+def _table(rows: Sequence[Row]) -> list[str]:
+    letters: dict[str, str] = {}
+    for row in rows:
+        if row.reason is not None:
+            letters.setdefault(row.reason, _letter(len(letters)))
+    cells = [("block", "weight", "D", "F", "activation", "gated", "bias", "causal", "fast")]
+    cells += [
+        (
+            str(row.block),
+            _elided(row.weight, 48),
+            str(row.d_model),
+            str(row.d_ff),
+            _elided(row.activation or "?", 14),
+            _yes_no(row.gated),
+            _yes_no(row.bias),
+            _yes_no(row.causal),
+            "yes" if row.reason is None else f"no ({letters[row.reason]})",
+        )
+        for row in rows
+    ]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    right = {0, 2, 3}
+    lines = [
+        "  ".join(
+            cell.rjust(w) if i in right else cell.ljust(w)
+            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in cells
+    ]
+    for reason, letter in letters.items():
+        lines += _wrapped(reason, f"  ({letter}) ")
+    return lines
+
+
+def _letter(index: int) -> str:
+    return chr(ord("a") + index) if index < 26 else str(index)
+
+
+def _elided(text: str, width: int) -> str:
+    if len(text) <= width:
+        return text
+    head = (width - 3) // 2
+    return f"{text[:head]}...{text[len(text) - (width - 3 - head) :]}"
+
+
+def _yes_no(value: bool | None) -> str:
+    return "?" if value is None else "yes" if value else "no"
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size:,} bytes ({size / 2**20:.1f} MiB)"
+
+
+def _wrapped(text: str, head: str) -> Iterable[str]:
+    """``text`` behind ``head``, in lines of at most ``WIDTH`` columns; its own line breaks stay."""
+    indent = " " * len(head)
+    out: list[str] = []
+    for i, line in enumerate(text.splitlines() or [""]):
+        out += textwrap.wrap(
+            line.strip(),
+            WIDTH,
+            initial_indent=indent if i else head,
+            subsequent_indent=indent,
+            break_on_hyphens=False,
+        ) or [head.rstrip()]
+    return out

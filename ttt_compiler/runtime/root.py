@@ -1,0 +1,185 @@
+"""The call boundary of a converted model: which state a call runs on, and where its documents start.
+
+Two halves. :meth:`Root.prepare` runs outside of any capture: it gives a fresh cache its fast-weight state
+and refuses caches that cannot be right. :meth:`Root.enter` is captured: it hands state and positions to
+the sites. May be changed here: the document rule's inputs (never the rule), the checks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ttt_compiler.config import TTTConfig
+from ttt_compiler.errors import CacheError, NotConvertedError, PositionError
+from ttt_compiler.runtime.cache import attach_state, is_carrier
+from ttt_compiler.runtime.site import CallContext
+from ttt_compiler.runtime.state import FastWeightState, check_fits
+from ttt_compiler.spec import SiteSpec
+
+NAME = "_ttt_root"
+STATE_ARGUMENT = "ttt_state"
+
+
+@dataclass(eq=False)
+class Root:
+    """What conversion recorded on a model.
+
+    Attributes:
+        config: how it was converted.
+        specs: the sites, in block order.
+        owners: per site key, the path of the module that owns the weight.
+        transposed: keys of weights stored ``[F, D]``.
+        known_weights: names of every MLP weight that was found, chosen or not.
+        context: the channel to the sites.
+        slots: names of forward's positional arguments, to their positions.
+        make_cache: builds an empty key/value cache, or None for models without one.
+    """
+
+    config: TTTConfig
+    specs: tuple[SiteSpec, ...]
+    owners: dict[str, str]
+    transposed: frozenset[str]
+    known_weights: frozenset[str]
+    context: CallContext
+    slots: Mapping[str, int]
+    make_cache: Callable[[], Any] | None = field(default=None, repr=False)
+
+    def new_state(self, model: nn.Module, batch: int) -> FastWeightState:
+        """State of ``batch`` sequences that have not begun, on the model's device."""
+        weight = self.weight(model, self.specs[0])
+        return FastWeightState.zeros(self.specs, batch, weight.dtype, weight.device)
+
+    def weight(self, model: nn.Module, spec: SiteSpec) -> Tensor:
+        """W0 of a site as ``[D, F]``."""
+        weight = model.get_parameter(spec.key)
+        return weight.t() if spec.key in self.transposed else weight
+
+    def prepare(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[dict[str, Any], bool]:
+        """Before a call, outside of any capture: settle the cache.
+
+        A fresh cache gets its state here, with as many rows as the call has, whoever made it
+        (``generate`` included). ``use_cache=True`` without a cache makes one.
+
+        Returns:
+            The keyword arguments to call with, and whether the call runs on a state (and so is inference).
+
+        Raises:
+            CacheError: the cache holds tokens whose fast weights are unknown, or of another batch.
+        """
+        if not self.context.enabled or kwargs.get(STATE_ARGUMENT) is not None:
+            return kwargs, kwargs.get(STATE_ARGUMENT) is not None
+        cache = self.argument("past_key_values", args, kwargs)
+        if cache is None:
+            if self.make_cache is None or self.argument("use_cache", args, kwargs) is not True:
+                return kwargs, False
+            cache = self.make_cache()
+            kwargs = {**kwargs, "past_key_values": cache}
+        tokens = self._tokens(args, kwargs)
+        if tokens is None:
+            raise CacheError("pass input_ids or inputs_embeds by name: the batch size of a cached call is unknown")
+        if is_carrier(cache):
+            check_fits(cache.ttt, self.specs, tokens.shape[0])
+        elif cache.get_seq_length() > 0:
+            raise CacheError(
+                f"this cache holds {cache.get_seq_length()} tokens but no fast weights: it was made before the model "
+                "was converted, or by a call without use_cache=True. Start over with an empty cache: "
+                "model(..., use_cache=True), model.generate(...), or ttt.Session(model)"
+            )
+        else:
+            attach_state(cache, self.new_state(model, tokens.shape[0]))
+        return kwargs, True
+
+    def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Captured with the model: set the call's state and positions for its sites."""
+        state = kwargs.pop(STATE_ARGUMENT, None)
+        cache = self.argument("past_key_values", args, kwargs)
+        if state is None and cache is not None:
+            state = cache.ttt
+        self.context.state = state
+        self.context.pos = self._positions(args, kwargs, state)
+
+    def leave(self) -> None:
+        """Captured with the model: drop what :meth:`enter` set."""
+        self.context.state = None
+        self.context.pos = None
+
+    def argument(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """A forward argument by name, wherever it was passed; None when it was not."""
+        if name in kwargs:
+            return kwargs[name]
+        slot = self.slots.get(name)
+        return args[slot] if slot is not None and slot < len(args) else None
+
+    def _tokens(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+        ids = self.argument("input_ids", args, kwargs)
+        return ids if ids is not None else self.argument("inputs_embeds", args, kwargs)
+
+    def _positions(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], state: FastWeightState | None
+    ) -> Tensor | None:
+        pos = self.argument("position_ids", args, kwargs)
+        mask = self.argument("attention_mask", args, kwargs)
+        if pos is not None and pos.dim() == 1:
+            pos = pos[None]
+        if pos is not None and pos.dim() != 2:
+            raise PositionError(
+                f"position_ids of {pos.dim()} dimensions do not say where documents start. Pass them as [batch, tokens]"
+            )
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            return pos
+        tokens = self._tokens(args, kwargs)
+        if tokens is not None:
+            mask = mask[:, -tokens.shape[1] :]
+        if pos is None:
+            # A running state knows where its document began; without one the first real token begins it.
+            pos = mask.long().cumsum(-1) - 1 if state is None else torch.ones_like(mask, dtype=torch.int64)
+        return torch.where(mask == 0, -1, pos)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module behind ``torch.compile(module)``."""
+    inner = model.__dict__.get("_modules", {}).get("_orig_mod")
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def find_root(model: nn.Module) -> tuple[nn.Module, Root | None]:
+    """The module behind ``model``, and what conversion recorded on it (None when not converted)."""
+    module = unwrap(model)
+    root = module.__dict__.get(NAME)
+    return module, root if isinstance(root, Root) else None
+
+
+def require_root(model: nn.Module) -> tuple[nn.Module, Root]:
+    """:func:`find_root` for a converted model.
+
+    Raises:
+        NotConvertedError: the model carries no fast weights.
+    """
+    module, root = find_root(model)
+    if root is None:
+        raise NotConvertedError(
+            f"{type(module).__name__} carries no fast weights. Type ttt.convert(model, ttt.TTTConfig(...)), or "
+            'call the model once after torch.compile(model, backend="inplace_ttt")'
+        )
+    return module, root
+
+
+def forward_slots(forward: Callable[..., Any]) -> dict[str, int]:
+    """Positions of the named positional arguments of a bound ``forward``."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(forward).parameters.values()
+    return {p.name: i for i, p in enumerate(p for p in parameters if p.kind in kinds)}
+
+
+def call_mode(stateful: bool) -> contextlib.AbstractContextManager[Any]:
+    """A running state is inference: its writes are not differentiable, so such a call records no graph."""
+    return torch.no_grad() if stateful else contextlib.nullcontext()

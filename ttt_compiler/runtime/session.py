@@ -1,0 +1,137 @@
+"""A sequence's memory in one object: keys and values, and fast weights.
+
+May be changed here: what a user can do with a running sequence. Layout belongs to ``state.py``, the file
+format to ``snapshot.py``.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ttt_compiler.errors import CacheError
+from ttt_compiler.runtime import snapshot
+from ttt_compiler.runtime.cache import attach_state
+from ttt_compiler.runtime.root import require_root
+from ttt_compiler.runtime.state import FastWeightState
+
+
+class Session:
+    """Running sequences of a converted model.
+
+    For a transformers model, pass ``session.cache`` as ``past_key_values`` (to the model or to
+    ``generate``). For a model without a cache, pass ``session.state`` as ``ttt_state``.
+
+    Args:
+        model: a converted model.
+        batch_size: sequences that run side by side, independent of each other.
+
+    Attributes:
+        cache: the key/value cache that carries the fast weights; None for models without one.
+        state: the fast weights.
+
+    Raises:
+        NotConvertedError: the model carries no fast weights.
+    """
+
+    def __init__(self, model: nn.Module, batch_size: int = 1) -> None:
+        self.model, self._root = require_root(model)
+        self.batch_size = batch_size
+        state = self._root.new_state(self.model, batch_size)
+        self.cache: Any = None
+        self._state = state
+        if self._root.make_cache is not None:
+            self.cache = attach_state(self._root.make_cache(), state)
+
+    @property
+    def state(self) -> FastWeightState:
+        """The fast weights of every row."""
+        return self._state if self.cache is None else self.cache.ttt
+
+    @property
+    def tokens_seen(self) -> list[int]:
+        """Tokens since the document began, per row."""
+        return self.state.tokens_seen
+
+    def drift(self) -> dict[str, list[float]]:
+        """``||W - W0||_F / ||W0||_F`` per site and row."""
+        return self.state.drift({s.key: self._root.weight(self.model, s) for s in self._root.specs})
+
+    def describe(self) -> dict[str, Any]:
+        """Size and position of the session, JSON-ready."""
+        layers = [] if self.cache is None else [x for x in self.cache.layers if x.is_initialized]
+        return {
+            "batch_size": self.batch_size,
+            "tokens_seen": self.tokens_seen,
+            "chunks_written": self.state.chunks_written,
+            "cached_tokens": 0 if self.cache is None else int(self.cache.get_seq_length()),
+            "fast_weight_bytes": self.state.nbytes,
+            "cache_bytes": sum(x.keys.nbytes + x.values.nbytes for x in layers),
+        }
+
+    def fork(self) -> Session:
+        """An independent session that stands where this one stands."""
+        other = object.__new__(Session)
+        other.model, other._root, other.batch_size = self.model, self._root, self.batch_size
+        other._state = self._state.clone() if self.cache is None else self._state
+        other.cache = copy.deepcopy(self.cache)
+        return other
+
+    def reset(self) -> None:
+        """Forget everything: no keys and values, slow weights."""
+        if self.cache is None:
+            self._state.reset()
+        else:
+            self.cache.reset()
+
+    def evict(self, keep: int, sink: int = 0) -> None:
+        """Drop keys and values but for the first ``sink`` and the last ``keep`` tokens.
+
+        Fast weights stay: this is how a document longer than the attention window is read. Positions go
+        on counting, so pass ``position_ids`` with every later call.
+
+        Raises:
+            CacheError: the cache keeps its keys and values in another way than ``DynamicLayer``.
+        """
+        if keep < 0 or sink < 0:
+            raise CacheError(f"evict(keep={keep}, sink={sink}): both must be at least 0")
+        for layer in snapshot.plain_layers(self.cache, CacheError):
+            length = layer.get_seq_length()
+            if length > sink + keep:
+                for name in ("keys", "values"):
+                    x = getattr(layer, name)
+                    kept = x[..., length - keep :, :] if sink == 0 else _ends(x, sink, length - keep)
+                    setattr(layer, name, kept.contiguous())
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the session to ``path`` (safetensors with a JSON header), replacing a file atomically.
+
+        Raises:
+            SnapshotError: the cache holds layers that cannot be saved yet; an existing file is untouched.
+        """
+        snapshot.save(path, self.model, self._root, self.state, self.cache)
+
+    @classmethod
+    def load(cls, model: nn.Module, path: str | os.PathLike[str]) -> Session:
+        """Read a session that :meth:`save` wrote, bit for bit.
+
+        Raises:
+            SnapshotError: damaged, hostile, of another version, or of another model.
+            NotConvertedError: the model carries no fast weights.
+        """
+        module, root = require_root(model)
+        state, fill = snapshot.load(path, module, root)
+        session = cls(module, state.batch_size)
+        session._state = state
+        if session.cache is not None:
+            session.cache.ttt = state
+            fill(session.cache)
+        return session
+
+
+def _ends(x: Tensor, sink: int, start: int) -> Tensor:
+    return torch.cat([x[..., :sink, :], x[..., start:, :]], dim=-2)
