@@ -110,9 +110,9 @@ def verdict(options: DemoOptions, result: DemoResult) -> str:
     ]
     if options.random_adapter:
         lines.append(
-            f"The adapter is random (seed {options.seed}), scaled so that the first chunk moves each "
-            f"W by about {RANDOM_DRIFT:g} of its norm. It shows that state moves and what it costs; it "
-            "is not expected to help."
+            f"The adapter is random (seed {options.seed}), scaled so that the first chunk moves "
+            f"each W by about {RANDOM_DRIFT:g} of its norm. It shows that state moves and what it "
+            "costs; it is not expected to help."
         )
     elif options.adapter is None:
         lines.append(

@@ -80,7 +80,8 @@ def _load(source: str, *, what: str, **kwargs: Any) -> tuple[Any, Any]:
     except Exception as e:
         raise TTTError(
             f"{what}: cannot be loaded as a causal language model with a tokenizer "
-            f'({_first_line(e)}). Pass "{PACKAGED}", a folder that save_pretrained wrote, a .gguf file, or a hub name'
+            f'({_first_line(e)}). Pass "{PACKAGED}", a folder that save_pretrained wrote, a .gguf '
+            "file, or a hub name"
         ) from e
     return model.eval(), tokenizer
 

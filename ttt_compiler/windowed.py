@@ -54,6 +54,8 @@ class WindowedReader:
     @torch.no_grad()
     def feed(self, ids: Tensor) -> Tensor:
         """Read ``ids [n]``; returns their logits ``[n, vocabulary]``."""
+        # A slice's offset into its storage is part of what a graph is compiled for.
+        ids = ids.clone()
         positions = torch.arange(self.position, self.position + len(ids))[None]
         started = time.perf_counter()
         with disabled(self.model) if self.session is None else contextlib.nullcontext():
@@ -85,14 +87,14 @@ class WindowedReader:
         keep, sink = self.window.keep, self.window.sink
         if self.session is not None:
             self.session.evict(keep=keep, sink=sink)
-            return
         for layer in self._cache.layers:
-            length = layer.keys.shape[-2]
-            if length > keep + sink:
-                for name in ("keys", "values"):
-                    x = getattr(layer, name)
-                    ends = [x[..., :sink, :], x[..., length - keep :, :]]
-                    setattr(layer, name, torch.cat(ends, dim=-2))
+            for name in ("keys", "values"):
+                x = getattr(layer, name)
+                if x.shape[-2] > keep + sink:
+                    x = torch.cat([x[..., :sink, :], x[..., x.shape[-2] - keep :, :]], dim=-2)
+                # A compiled call returns them in a layout of its own choice; another layout in the
+                # next call would be compiled again.
+                setattr(layer, name, x.contiguous())
 
 
 def _plain_cache(model: nn.Module) -> Any:

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from capture import capture, capture_lm
-from families import FAMILIES, Family
-from handmade import (
+from tests.passes.capture import capture, capture_lm
+from tests.passes.families import FAMILIES, Family
+from tests.passes.handmade import (
     FF,
     Adapter,
     Bilinear,

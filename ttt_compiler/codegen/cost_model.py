@@ -121,16 +121,21 @@ def lowering_name(spec: SiteSpec, device: torch.device, dtype: torch.dtype) -> s
     """In words, what runs a site on ``device`` for operands of ``dtype``."""
     if device.type not in ("cpu", "meta"):
         return f"none: kernels exist for CPU only so far, and the weights are on {device.type}"
-    blas = "MKL" if torch.backends.mkl.is_available() else "the BLAS that torch was built with"
+    mkl: bool = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
+    blas = "MKL" if mkl else "the BLAS that torch was built with"
     gemms = f"GEMMs by {blas}"
     if dtype in (torch.bfloat16, torch.float16):
         gemms = (
             f"{str(dtype).removeprefix('torch.')} GEMMs on a copy of the state, fewer than "
             f"{SHADOW_MIN_ROWS} rows on the state itself"
         )
-    elif dtype == torch.float32 and is_amd() and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    elif dtype == torch.float32 and is_amd() and _has_onednn():
         gemms += f", applies of {ONEDNN_MIN_ROWS} rows and more by oneDNN"
         if spec.chunk < ONEDNN_MIN_ROWS:
             gemms += f" (a chunk has {spec.chunk})"
     state = str(state_dtype(dtype)).removeprefix("torch.float")
     return f"cpu: chunk scan in state form, fp{state} state, one opaque op per site; {gemms}"
+
+
+def _has_onednn() -> bool:
+    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]

@@ -18,13 +18,14 @@ import sympy
 import torch
 from torch import Tensor
 from torch._inductor import ir
-from torch._inductor.lowering import fallback_handler, register_lowering
+from torch._inductor.lowering import clone, fallback_handler, permute, register_lowering
 from torch._inductor.select_algorithm import ExternKernelChoice
-from torch._inductor.virtualized import ops
+from torch._inductor.virtualized import V, ops
 from torch.utils._sympy.functions import ModularIndexing
 
 from ttt_compiler.codegen import ops as ttt_ops  # noqa: F401  (the ops must exist)
 from ttt_compiler.codegen.cpu import scan as cpu_scan
+from ttt_compiler.codegen.cpu.gemm import state_dtype
 
 _conv_op = torch.ops.ttt.chunk_conv.default
 _scan_op = torch.ops.ttt.chunk_scan.default
@@ -64,9 +65,13 @@ def _lower_chunk_conv(t: Any, conv: Any, pos: Any, chunk: int) -> Any:
     if pos is not None or t.get_device().type != "cpu":
         return _conv_fallback(t, conv, pos, chunk)
     t.realize()
-    load_t, load_w = t.make_loader(), conv.make_loader()
+    # Taps beside each other per channel, once: read as [Dt, 1, K] they are a gather for every token.
+    taps = clone(permute(conv, [2, 1, 0]))
+    taps.realize()
+    load_t, load_w = t.make_loader(), taps.make_loader()
     batch, length, width = t.get_size()
-    kernel = int(conv.get_size()[-1])
+    kernel = V.graph.sizevars.guard_int(conv.get_size()[-1])
+    accumulator = state_dtype(t.get_dtype())
 
     def inner(index: Any) -> Any:
         b, s, d = index
@@ -76,10 +81,10 @@ def _lower_chunk_conv(t: Any, conv: Any, pos: Any, chunk: int) -> Any:
             shift = k - kernel // 2
 
             def tap(shift: int = shift) -> Any:
-                return ops.to_dtype(load_t([b, s + shift, d]), torch.float32)
+                return ops.to_dtype(load_t([b, s + shift, d]), accumulator)
 
             value = tap() if shift == 0 else ops.masked(_inside(s, shift, chunk, length), tap, 0.0)
-            term = ops.mul(value, ops.to_dtype(load_w([d, zero, sympy.Integer(k)]), torch.float32))
+            term = ops.mul(value, ops.to_dtype(load_w([sympy.Integer(k), zero, d]), accumulator))
             total = term if total is None else ops.add(total, term)
         return ops.to_dtype(total, t.get_dtype())
 

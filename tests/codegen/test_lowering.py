@@ -1,0 +1,61 @@
+"""What Inductor makes of the ops: the generated code, and that it computes the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._inductor.utils import run_and_get_code
+
+import ttt_compiler.codegen.lowering  # noqa: F401
+from tests.codegen.test_ops import D, F, positions, problem, spec, state
+from tests.tolerances import FP64, relative_error
+
+
+def conv_and_scan(h, t, w0, conv, proj, bias, pos):
+    v = torch.ops.ttt.chunk_conv(t + t, conv, pos, 5) @ proj
+    return torch.ops.ttt.chunk_scan(h, v, w0, bias, pos, 5)
+
+
+def test_conv_is_generated_code_and_scan_writes_into_planned_memory():
+    args = problem()
+    compiled = torch.compile(conv_and_scan, fullgraph=True)
+    out, (code,) = run_and_get_code(compiled, *args, None)
+    assert "torch.ops.ttt.chunk_conv" not in code, "the convolution should be C++ of Inductor's own"
+    assert "extern_kernels.ttt_chunk_scan(" in code
+    assert "out=buf" in code.split("extern_kernels.ttt_chunk_scan(")[1].split("\n")[0]
+    assert relative_error(out, conv_and_scan(*args, None)) < FP64
+
+
+@pytest.mark.parametrize("pos", [None, positions()], ids=["whole", "documents"])
+def test_any_length_by_one_graph(pos):
+    compiled = torch.compile(conv_and_scan, fullgraph=True, dynamic=True)
+    for length in (23, 9, 14):
+        args = problem(length)
+        p = None if pos is None else pos[:, :length]
+        assert relative_error(compiled(*args, p), conv_and_scan(*args, p)) < FP64
+
+
+def test_low_precision_convolution_accumulates_in_fp32():
+    t, conv = torch.randn(2, 40, 16).bfloat16(), torch.randn(16, 1, 5).bfloat16()
+    compiled = torch.compile(lambda: torch.ops.ttt.chunk_conv(t, conv, None, 8))
+    exact = torch.ops.ttt.chunk_conv(t.double(), conv.double(), None, 8)
+    assert relative_error(compiled(), exact) < 4e-3  # one rounding to bf16
+
+
+def test_state_is_mutated_in_place_without_a_copy():
+    h, t, w0, conv, proj, bias = problem(4)
+    s = state(batch=h.shape[0])
+
+    constants = spec()
+
+    def step(h, t, w0, conv, proj, bias, w, tail_h, tail_t, counts):
+        return torch.ops.ttt.fast_weight_step(
+            h, t, w0, bias, conv, proj, None, constants, w, tail_h, tail_t, counts
+        )
+
+    _, (code,) = run_and_get_code(torch.compile(step, fullgraph=True), h, t, w0, conv, proj, bias, *s)
+    assert "ttt.fast_weight_step.default(" in code
+    assert f"({h.shape[0]}, {D}, {F})" in code
+    call = code.split("ttt.fast_weight_step.default(")[1].split(")")[0]
+    assert "arg" in call.split(",")[-4], f"the state must reach the op as the graph input itself: {call}"
+    assert s[3].tolist() == [[4, 0]] * 3

@@ -1,0 +1,209 @@
+"""The ops against the reference: values, gradients, schema laws, budgets in every dtype."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.tolerances import FP64, assert_within_budget, relative_error
+from ttt_compiler.codegen import ops, reference  # noqa: F401
+from ttt_compiler.codegen.cpu import gemm
+from ttt_compiler.errors import NonFiniteWriteError, NotCompiledError, PositionError
+from ttt_compiler.spec import SiteSpec
+
+B, F, D, C, K, LR = 3, 12, 8, 5, 5, 0.3
+
+
+def problem(length=23, dtype=torch.float64, *, grad=False, seed=0):
+    g = torch.Generator().manual_seed(seed)
+
+    def make(*shape):
+        return torch.randn(shape, generator=g, dtype=torch.float64).to(dtype).requires_grad_(grad)
+
+    return make(B, length, F), make(B, length, D), make(D, F), make(D, 1, K), make(D, D), make(D)
+
+
+def positions(length=23):
+    """Row 0: one document. Row 1: left padding. Row 2: two documents and right padding."""
+    pos = torch.arange(length).repeat(3, 1)
+    pos[1] = torch.cat([torch.full((4,), -1), torch.arange(length - 4)])
+    pos[2] = torch.cat([torch.arange(11), torch.arange(length - 14), torch.full((3,), -1)])
+    return pos
+
+
+def stateless(h, t, w0, conv, proj, bias, pos, chunk=C):
+    v = torch.ops.ttt.chunk_conv(t, conv, pos, chunk) @ (proj * LR)
+    return torch.ops.ttt.chunk_scan(h, v, w0, bias, pos, chunk)
+
+
+def state(dtype=torch.float64, chunk=C, batch=B):
+    """Poisoned: nothing may be read before it is written."""
+    return (
+        torch.full((batch, D, F), float("nan"), dtype=gemm.state_dtype(dtype)),
+        torch.full((batch, chunk, F), float("nan"), dtype=dtype),
+        torch.full((batch, chunk, D), float("nan"), dtype=dtype),
+        torch.zeros(batch, 2, dtype=torch.int64),
+    )
+
+
+def spec(chunk=C, lr=LR):
+    return SiteSpec("site.weight", D, F, D, chunk, lr, "hidden_states", True, K).encode()
+
+
+def stream(splits, args, pos, s, chunk=C):
+    h, t, w0, conv, proj, bias = args
+    out, start = [], 0
+    for size in splits:
+        rows = slice(start, start + size)
+        p = None if pos is None else pos[:, rows]
+        out.append(
+            torch.ops.ttt.fast_weight_step(h[:, rows], t[:, rows], w0, bias, conv, proj, p, spec(chunk), *s)
+        )
+        start += size
+    return torch.cat(out, 1)
+
+
+@pytest.mark.parametrize("pos", [None, positions()], ids=["whole", "documents"])
+def test_reference_chunked_equals_naive(pos):
+    h, t, w0, conv, proj, _ = problem()
+    for b in range(B):
+        row = None if pos is None else pos[b]
+        chunked = reference.chunked(h[b], t[b], w0, conv, proj, LR, C, row)[0]
+        assert relative_error(chunked, reference.naive(h[b], t[b], w0, conv, proj, LR, C, row)) < FP64
+
+
+@pytest.mark.parametrize("pos", [None, positions()], ids=["whole", "documents"])
+@pytest.mark.parametrize("length", [1, 4, 5, 6, 10, 23])
+def test_stateless_equals_reference(length, pos):
+    pos = None if pos is None else pos[:, -length:]
+    args = problem(length)
+    h, t, w0, conv, proj, bias = args
+    assert relative_error(
+        stateless(*args, pos), reference.batched(h, t, w0, conv, proj, LR, C, pos, bias)
+    ) < FP64
+
+
+@pytest.mark.parametrize("pos", [None, positions()], ids=["whole", "documents"])
+def test_gradients(pos):
+    args = problem(grad=True)
+    h, t, w0, conv, proj, bias = args
+    weights = torch.randn(B, 23, D, dtype=torch.float64)
+    ours = torch.autograd.grad(stateless(*args, pos), args, weights)
+    plain = torch.autograd.grad(reference.batched(h, t, w0, conv, proj, LR, C, pos, bias), args, weights)
+    for name, a, b in zip(("h", "t", "w0", "conv", "proj", "bias"), ours, plain, strict=True):
+        assert relative_error(a, b) < FP64, name
+
+
+def test_gradcheck():
+    args = problem(13, grad=True)
+    assert torch.autograd.gradcheck(lambda *a: stateless(*a, positions(13 + 10)[:, 10:]), args)
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(1, 7), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_any_segmentation_gives_the_same(splits, chunk, with_documents):
+    """Law 1 and 2: whole == any segmentation, chunk borders anywhere, from poisoned state."""
+    length = sum(splits)
+    args = problem(length)
+    h, t, w0, conv, proj, bias = args
+    pos = None
+    if with_documents:
+        pos = torch.arange(length).repeat(3, 1)
+        pos[1, length // 2 :] -= length // 2
+        pos[2, : length // 3] = -1
+    expected = reference.batched(h, t, w0, conv, proj, LR, chunk, pos, bias)
+    assert relative_error(stream(splits, args, pos, state(chunk=chunk), chunk), expected) < FP64
+
+
+def test_final_weight_and_counters():
+    args = problem()
+    h, t, w0, conv, proj, _ = args
+    s = state()
+    stream([7, 1, 15], args, None, s)
+    for b in range(B):
+        w = reference.chunked(h[b], t[b], w0, conv, proj, LR, C)[1]
+        assert relative_error(s[0][b], w) < FP64
+    assert s[3].tolist() == [[23, 4]] * B
+
+
+def test_padding_may_interrupt_a_running_document_but_not_a_stateless_one():
+    args = problem(10)
+    h, t, w0, conv, proj, bias = args
+    pos = torch.tensor([[0, 1, 2, -1, -1, 3, 4, 5, 6, 7]]).repeat(B, 1)
+    out = stream([10], args, pos, state())
+    assert relative_error(out, reference.batched(h, t, w0, conv, proj, LR, C, pos, bias)) < FP64
+    with pytest.raises(PositionError, match="contiguous"):
+        stateless(*args, pos)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_error_budget(dtype):
+    args = problem(64, dtype)
+    exact = [a.double() for a in args]
+
+    def plain(h, t, w0, conv, proj, bias):
+        return reference.batched(h, t, w0, conv, proj, LR, 16, None, bias)
+
+    assert_within_budget(stateless(*args, None, chunk=16), plain(*args), plain(*exact))
+    s = state(dtype, chunk=16)
+    assert_within_budget(stream([33, 1, 30], args, None, s, chunk=16), plain(*args), plain(*exact))
+
+
+def test_zero_conv_and_zero_lr_are_the_plain_projection_bit_for_bit():
+    h, t, w0, conv, proj, bias = problem(dtype=torch.float32)
+    base = torch.addmm(bias, h.view(-1, F), w0.t()).view(B, -1, D)
+    assert torch.equal(stateless(h, t, w0, conv * 0, proj, bias, None), base)
+    out = torch.ops.ttt.fast_weight_step(
+        h, t, w0, bias, conv * 0, proj, None, spec(), *state(torch.float32)
+    )
+    assert torch.equal(out, base)
+    out = torch.ops.ttt.fast_weight_step(h, t, w0, bias, conv, proj, None, spec(lr=0.0), *state(torch.float32))
+    assert torch.equal(out, base)
+
+
+def test_rows_are_independent_and_later_tokens_do_not_matter():
+    args = problem()
+    out = stateless(*args, None)
+    h, t, *rest = args
+    h2, t2 = h.clone(), t.clone()
+    h2[0], t2[0] = 7.0, 7.0
+    h2[1, 13:], t2[1, 13:] = 7.0, 7.0
+    changed = stateless(h2, t2, *rest, None)
+    assert torch.equal(changed[2], out[2])
+    assert torch.equal(changed[1, :13], out[1, :13])
+
+
+@pytest.mark.parametrize("where", ["h", "t"])
+def test_nonfinite_write_is_refused_before_it_reaches_the_state(where):
+    args = list(problem())
+    s = state()
+    stream([5], [a[:, :5] if a.dim() == 3 and a.shape[1] == 23 else a for a in args], None, s)
+    before = s[0].clone()
+    bad = [a.clone() for a in args]
+    bad[0 if where == "h" else 1][:, 2] = float("inf")
+    with pytest.raises(NonFiniteWriteError, match="chunk 1"):
+        stream([5], [a[:, :5] if a.dim() == 3 and a.shape[1] == 23 else a for a in bad], None, s)
+    assert torch.equal(s[0], before)
+
+
+def test_marker_refuses_to_run():
+    h, _, _, conv, proj, _ = problem()
+    with pytest.raises(NotCompiledError, match=r'model\.compile\(backend="inplace_ttt"\)'):
+        torch.ops.ttt.site(h, spec(), conv, proj, None, None, None, None, None)
+
+
+@pytest.mark.parametrize("pos", [None, positions()], ids=["whole", "documents"])
+def test_opcheck(pos):
+    h, t, w0, conv, proj, bias = problem(grad=True)
+    v = torch.randn_like(t).requires_grad_()
+    check = torch.library.opcheck
+    check(torch.ops.ttt.chunk_conv.default, (t, conv, pos, C))
+    check(torch.ops.ttt.chunk_conv_dweight.default, (v.detach(), t.detach(), pos, C, K))
+    check(torch.ops.ttt.chunk_scan.default, (h, v, w0, bias, pos, C))
+    check(torch.ops.ttt.chunk_scan.default, (h, v, w0, None, pos, C))
+    check(torch.ops.ttt.chunk_scan_backward.default, (v.detach(), h.detach(), v.detach(), w0.detach(), pos, C))
+    plain = [x.detach() for x in (h, t, w0, bias, conv, proj)]
+    s = [torch.zeros_like(x) for x in state()]
+    check(torch.ops.ttt.fast_weight_step.default, (*plain, pos, spec(), *s))
