@@ -11,9 +11,9 @@ import pytest
 import torch
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def clean_compiler():
-    """No compiled code, and no recompile budget, is carried from one test to the next."""
+    """No compiled code, and no recompile budget, is carried from one file to the next."""
     yield
     torch._dynamo.reset()
 
@@ -32,3 +32,21 @@ def poisoned_empty():
     yield
     torch.utils.deterministic.fill_uninitialized_memory = before[0]
     torch.use_deterministic_algorithms(before[1])
+
+
+@pytest.fixture
+def compiles(monkeypatch):
+    """Counts the graphs that reach Inductor: ``compiles.count``."""
+    from ttt_compiler import compat
+
+    class Counter:
+        count = 0
+
+    original = compat.inductor_compile
+
+    def counting(*args, **kwargs):
+        Counter.count += 1
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(compat, "inductor_compile", counting)
+    return Counter

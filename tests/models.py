@@ -68,7 +68,19 @@ def converted(family: str = "llama", *, scale: float = 0.3, **config) -> nn.Modu
 
 
 def oracle(model: nn.Module, tokens: Tensor, *, pos: Tensor | None = None, **kwargs) -> Tensor:
-    """Logits of the converted model, eagerly, whole sequence, by the reference. fp64 if asked for."""
+    """Logits of the converted model, eagerly, whole sequence, by the reference."""
+    return eager_copy(model, pos)(tokens, use_cache=False, **kwargs).logits
+
+
+def oracle_gradients(model: nn.Module, tokens: Tensor) -> dict[str, Tensor]:
+    """Gradients of ``logits.square().mean()`` by autograd through the reference."""
+    eager = eager_copy(model, None)
+    eager(tokens, use_cache=False).logits.square().mean().backward()
+    return {name: p.grad for name, p in eager.named_parameters()}
+
+
+def eager_copy(model: nn.Module, pos: Tensor | None) -> nn.Module:
+    """A copy of the converted model whose sites compute the reference eagerly."""
     _, root = require_root(model)
     model = copy.deepcopy(model)
     mlp_input: dict[str, Tensor] = {}
@@ -78,17 +90,16 @@ def oracle(model: nn.Module, tokens: Tensor, *, pos: Tensor | None = None, **kwa
         owner = root.owners[spec.key]
         site = model.get_submodule(owner)
         parent = model.get_submodule(owner.rpartition(".")[0])
-        parent.register_forward_pre_hook(
-            lambda m, a, key=spec.key: mlp_input.__setitem__(key, a[0])
-        )
+        parent.register_forward_pre_hook(lambda m, a, key=spec.key: mlp_input.__setitem__(key, a[0]))
 
         def forward(h, site=site, spec=spec):
             weight = site.weight.t() if spec.key in root.transposed else site.weight
             t = mlp_input[spec.key] if spec.target == "hidden_states" else embeds[-1]
+            bias = getattr(site, "bias", None)
             return reference.batched(
-                h, t, weight, site.ttt_conv, site.ttt_proj, spec.lr, spec.chunk, pos, getattr(site, "bias", None)
+                h, t, weight, site.ttt_conv, site.ttt_proj, spec.lr, spec.chunk, pos, bias
             )
 
         site.forward = forward
     del model.forward
-    return model(tokens, use_cache=False, **kwargs).logits
+    return model

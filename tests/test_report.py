@@ -1,4 +1,4 @@
-"""``explain`` says what is there, costs what the formulas say, disturbs nothing and never raises."""
+"""``explain`` says what is there and what it costs, disturbs nothing and never raises."""
 
 from __future__ import annotations
 
@@ -35,8 +35,15 @@ CONFIG = ttt.TTTConfig(layers="every:2", chunk_size=16)
 
 def llama(**changes) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4)
-    config = dict(num_key_value_heads=2, vocab_size=64, max_position_embeddings=256, **sizes)
+    config = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 64,
+        "max_position_embeddings": 256,
+    }
     return LlamaForCausalLM(LlamaConfig(**{**config, **changes})).eval()
 
 
@@ -95,7 +102,11 @@ def test_unconverted_model():
     assert [row.chosen for row in report.rows] == [True, False, True]
     assert report.rows[0].weight == "model.layers.0.mlp.down_proj.weight"
     assert (report.rows[0].d_model, report.rows[0].d_ff) == (32, 48)
-    assert (report.rows[0].activation, report.rows[0].gated, report.rows[0].bias) == ("silu", True, False)
+    assert (report.rows[0].activation, report.rows[0].gated, report.rows[0].bias) == (
+        "silu",
+        True,
+        False,
+    )
     assert report.rows[0].causal is True
     assert "every:2" in (report.rows[1].reason or "")
     assert report.parameters_added == 2 * (32 * 5 + 32 * 32)
@@ -140,14 +151,20 @@ def test_a_compiled_model_still_runs_the_same_graphs():
 
 
 def test_biased_transposed_ungated_mlp():
-    config = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=64, bos_token_id=0, eos_token_id=0)
+    config = GPT2Config(
+        n_embd=32, n_layer=2, n_head=2, vocab_size=64, bos_token_id=0, eos_token_id=0
+    )
     report = explain(GPT2LMHeadModel(config), ttt.TTTConfig(layers="all"))
     assert [(row.bias, row.gated, row.chosen) for row in report.rows] == [(True, False, True)] * 2
 
 
 def test_bidirectional_model_says_why_not():
     config = BertConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=64
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        vocab_size=64,
     )
     report = explain(BertModel(config), ttt.TTTConfig(layers="all"))
     assert [row.causal for row in report.rows] == [False, False]
@@ -172,7 +189,9 @@ class _Raises(nn.Module):
     ids=["no inputs known", "raises", "empty", "str", "None"],
 )
 def test_never_raises(model):
-    report = explain(model, example_inputs=((torch.ones(2, 9, 3),), {}) if callable(model) else None)
+    report = explain(
+        model, example_inputs=((torch.ones(2, 9, 3),), {}) if callable(model) else None
+    )
     assert report.problems
     assert str(report)
     json.dumps(report.to_dict())

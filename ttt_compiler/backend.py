@@ -99,6 +99,12 @@ def bind(
                 "dynamic=True). TORCH_LOGS=recompiles,graph_breaks shows which"
             )
             raise
+        except Exception as e:
+            # A mistake of the user's deserves its own class, not the compiler's wrapper around it.
+            ours = compat.user_error(e)
+            if ours is None:
+                raise
+            raise ours from None
 
     def entry(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():

@@ -143,7 +143,8 @@ def demo(
 
 def parse_layers(text: str) -> Layers:
     """``layers=`` from its command-line form."""
-    if text == "all" or text.startswith("every"):
+    # A plain word is no pattern: let the configuration say what it should have been.
+    if not set(text) & set(",.*?[") and not text.isdecimal():
         return text
     parts = tuple(part.strip() for part in text.split(","))
     return tuple(int(p) for p in parts) if all(p.isdecimal() for p in parts) else parts

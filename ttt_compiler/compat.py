@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ttt_compiler.errors import TTTError
+
 CHECKED_TORCH = "2.13"
 
 CompileOne = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -76,6 +78,15 @@ def install_compile_hook(
 
     hooked._ttt_hook = True  # type: ignore[attr-defined]
     OptimizeContext.__call__ = hooked  # type: ignore[method-assign, assignment]
+
+
+def user_error(error: BaseException) -> BaseException | None:
+    """The package's own error inside of what Dynamo wraps around a failing backend, if that is the cause.
+
+    Checked on 2.13: ``BackendCompilerFailed.inner_exception``.
+    """
+    inner = getattr(error, "inner_exception", None)
+    return inner if isinstance(inner, TTTError) else None
 
 
 def own_code(fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -29,6 +29,8 @@ from ttt_compiler.windowed import Window, WindowedReader
 
 # How far the first chunk moves W under a random adapter: visible, and far from breaking the model.
 RANDOM_DRIFT = 2e-3
+# Before that scale is known: too small to blow up any model, large enough to be measured in fp32.
+_RANDOM_CONV = 1e-3
 Track = Callable[[Iterable[int], str], Iterable[int]]
 
 
@@ -175,12 +177,18 @@ def run_demo(options: DemoOptions, *, say: Callable[[str], None], track: Track) 
     (model, tokenizer), load_seconds = _timed(lambda: load_pretrained(options.model))
     ids = _tokenize(tokenizer, text, options.tokens)
     say("converting")
-    prepare(model, options)
+    _, convert_seconds = _timed(lambda: prepare(model, options))
     report, explain_seconds = _timed(lambda: explain(model))
-    say("compiling (the first calls of each shape)")
-    _, compile_seconds = _timed(lambda: _warm_up(model, ids, options))
+    say("compiling: the first call of each shape takes minutes, later runs find the result on disk")
+    _, compile_seconds = _timed(lambda: _warm_up(model, ids, options, track))
     result = DemoResult(report)
-    result.seconds = {"load": load_seconds, "find": explain_seconds, "compile": compile_seconds}
+    result.seconds = {
+        "load": load_seconds,
+        "convert": convert_seconds,
+        "explain": explain_seconds,
+        "compile": compile_seconds,
+    }
+    say(f"reading {len(ids)} tokens with static and with fast weights, block by block")
     fast = _read(model, ids, options, result, track)
     assert fast.session is not None
     assert fast.last is not None
@@ -224,12 +232,9 @@ def randomize(model: nn.Module, seed: int) -> None:
     """Fill conv and P of every site with small random numbers."""
     generator = torch.Generator().manual_seed(seed)
     for conv, proj in _adapter_parameters(model).values():
-        for parameter, fan in (
-            (conv, conv.shape[-1]),
-            (proj, 0 if proj is None else proj.shape[0]),
-        ):
-            if parameter is not None:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) / math.sqrt(fan))
+        conv.copy_(torch.randn(conv.shape, generator=generator) * _RANDOM_CONV)
+        if proj is not None:
+            proj.copy_(torch.randn(proj.shape, generator=generator) / math.sqrt(proj.shape[0]))
 
 
 @torch.no_grad()
@@ -247,21 +252,23 @@ def _adapter_parameters(model: nn.Module) -> dict[str, tuple[Tensor, Tensor | No
     return {key: (getattr(owner, CONV), getattr(owner, PROJ)) for key, owner in owners.items()}
 
 
-def _warm_up(model: nn.Module, ids: Tensor, options: DemoOptions) -> None:
+def _warm_up(model: nn.Module, ids: Tensor, options: DemoOptions, track: Track) -> None:
     """Make every call shape of the demo once, so that reading is timed without compiling."""
     static, fast = _readers(model, options)
     assert fast.session is not None
     until_full = options.block * (1 + math.ceil((options.window - options.block) / options.block))
-    for block in _blocks(ids[:until_full], options.block):
-        static.feed(block)
-        fast.feed(block)
+    blocks = _blocks(ids[:until_full], options.block)
+    calls = [(reader, block) for block in blocks for reader in (static, fast)]
+    calls.append((fast, ids[:1]))
+    for i in track(range(len(calls)), "compiling"):
+        reader, block = calls[i]
+        reader.feed(block)
     if options.random_adapter:
-        for block in _blocks(ids[fast.position :], options.block):
+        for block in _blocks(ids, options.block):
             if fast.position >= options.chunk_size:
                 break
             fast.feed(block)
         _scale_to(model, fast.session, RANDOM_DRIFT)
-    fast.feed(ids[-1:])
 
 
 def _read(

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -19,7 +20,7 @@ from rich.table import Table
 from ttt_compiler.demo import RANDOM_DRIFT, DemoOptions, DemoResult
 
 _PLOT_BIN = 256
-_COLUMNS_SHOWN = 6
+_SMALL = 5e-5
 
 
 class View:
@@ -134,30 +135,33 @@ def write_files(options: DemoOptions, result: DemoResult) -> list[Path]:
 
 
 def _bits_table(result: DemoResult) -> Table:
-    table = Table("position", title="bits per token", title_justify="left")
+    table = Table("position", title="bits per token", title_justify="left", box=SIMPLE_HEAD)
     for name in ("static", "fast weights", "difference"):
         table.add_column(name, justify="right")
     for start, end, static, fast in result.buckets():
-        difference = "0" if static == fast else f"{fast - static:+.4f}"
+        change = fast - static
+        difference = "0" if static == fast else f"{change:+.4f}"
+        if 0 < abs(change) < _SMALL:
+            difference = f"{change:+.0e}"
         table.add_row(f"{_short(start)}-{_short(end)}", f"{static:.4f}", f"{fast:.4f}", difference)
     return table
 
 
 def _drift_table(result: DemoResult) -> Table:
-    """Norm of what was written relative to W0, after some of the chunks."""
+    """Norm of what was written relative to W0, after 1, 2, 4, ... chunks and the last one."""
     last_block = {chunks: i for i, chunks in enumerate(result.chunks) if chunks}
-    counts = list(last_block)
-    step = max(1, -(-len(counts) // _COLUMNS_SHOWN))
-    shown = sorted({*counts[::step], counts[-1]})
+    shown = [c for c in last_block if c & (c - 1) == 0 or c == max(last_block)]
     table = Table(
         "weight",
-        title="|W - W0| / |W0| after so many chunks (all of them: demo.json)",
+        title="|W - W0| / |W0| after so many chunks (every chunk: demo.json)",
         title_justify="left",
+        box=SIMPLE_HEAD,
     )
     for count in shown:
-        table.add_column(str(count), justify="right")
+        table.add_column(str(count), justify="right", no_wrap=True)
     for key, values in result.drift.items():
-        table.add_row(key.removesuffix(".weight"), *(f"{values[last_block[c]]:.1e}" for c in shown))
+        moved = (f"{values[last_block[count]]:.1e}" for count in shown)
+        table.add_row(key.removesuffix(".weight"), *moved)
     return table
 
 

@@ -272,3 +272,14 @@ def _quiet(model: nn.Module) -> Iterator[None]:
         finally:
             for m in model.modules():
                 m.training = m in training
+
+
+def find_sites(net: nn.Module, *args: Any, **kwargs: Any) -> tuple[FoundMLP, ...]:
+    """The MLPs of any module, found by calling it once on example inputs.
+
+    Args:
+        net: the module; it is not changed.
+        args: example inputs, batch and tokens first; a transformers text model needs none.
+        kwargs: example inputs by name.
+    """
+    return discover(net, (args, kwargs) if args or kwargs else None).mlps

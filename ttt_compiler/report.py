@@ -271,7 +271,8 @@ def _row(mlp: FoundMLP, reason: str | None) -> Row:
         bias=mlp.bias,
         chosen=reason is None,
         reason=reason,
-        causal=mlp.causal,
+        # Experts get tokens in an order of their own, so the probe says nothing about them.
+        causal=mlp.causal if mlp.kind == "dense" else None,
     )
 
 

@@ -66,8 +66,7 @@ def _lower_chunk_conv(t: Any, conv: Any, pos: Any, chunk: int) -> Any:
         return _conv_fallback(t, conv, pos, chunk)
     t.realize()
     # Taps beside each other per channel, once: read as [Dt, 1, K] they are a gather for every token.
-    taps = clone(permute(conv, [2, 1, 0]))
-    taps.realize()
+    taps = ir.ExternKernel.require_contiguous(clone(permute(conv, [2, 1, 0])))
     load_t, load_w = t.make_loader(), taps.make_loader()
     batch, length, width = t.get_size()
     kernel = V.graph.sizevars.guard_int(conv.get_size()[-1])

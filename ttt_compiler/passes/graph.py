@@ -161,6 +161,14 @@ def _written_operands(node: fx.Node, operands: list[fx.Node]) -> list[fx.Node]:
     return []
 
 
+def _plain(dim: Dim) -> Dim:
+    """A symbolic size that a weight has pinned to one number, as that number."""
+    if isinstance(dim, torch.SymInt):
+        pinned = dim.node.maybe_as_int()
+        return dim if pinned is None else int(pinned)
+    return dim
+
+
 class GraphView:
     """Taint, versions, users and shapes of one graph; nothing in the graph is changed.
 
@@ -255,7 +263,7 @@ class GraphView:
         """Shape of a tensor value, None when it is no tensor or unknown."""
         value = value_of(node)
         if isinstance(value, torch.Tensor):
-            return tuple(value.shape)
+            return tuple(_plain(d) for d in value.shape)
         if value is None and self._names.get(node) == "setitem" and self._inputs[node]:
             return self.shape(self._inputs[node][0])
         return None

@@ -1,0 +1,225 @@
+"""Sessions: fork, reset, evict, save and load, and files that lie."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import struct
+
+import pytest
+import torch
+
+import ttt_compiler as ttt
+from tests import models
+from tests.tolerances import SEGMENTATION, relative_error
+from ttt_compiler.errors import CacheError, NotConvertedError, SnapshotError
+from ttt_compiler.runtime.state import TENSORS, bytes_per_sequence
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = models.converted()
+    model.compile(backend="inplace_ttt", dynamic=True)
+    return model
+
+
+def read(model, tokens, session):
+    return model(tokens, past_key_values=session.cache).logits
+
+
+def same(a, b):
+    return all(
+        torch.equal(getattr(a.state.sites[k], n), getattr(b.state.sites[k], n))
+        for k in a.state.sites
+        for n in TENSORS
+    ) and all(
+        torch.equal(x.keys, y.keys) and torch.equal(x.values, y.values)
+        for x, y in zip(a.cache.layers, b.cache.layers, strict=True)
+    )
+
+
+def test_fork_is_independent_and_reset_starts_over(model):
+    tokens = models.ids(2, 23)
+    session = ttt.Session(model, batch_size=2)
+    first = read(model, tokens[:, :10], session)
+    branch = session.fork()
+    assert same(session, branch)
+    continued = read(model, tokens[:, 10:], session)
+    assert branch.tokens_seen == [10, 10]
+    assert torch.equal(read(model, tokens[:, 10:], branch), continued)
+    session.reset()
+    assert session.tokens_seen == [0, 0]
+    assert all(d == [0.0, 0.0] for d in session.drift().values())
+    assert torch.equal(read(model, tokens[:, :10], session), first)
+
+
+def test_save_and_load_are_bitwise(model, tmp_path):
+    tokens = models.ids(2, 23)
+    session = ttt.Session(model, batch_size=2)
+    read(model, tokens[:, :10], session)
+    session.save(tmp_path / "s.ttt")
+    loaded = ttt.Session.load(model, tmp_path / "s.ttt")
+    assert same(session, loaded)
+    assert loaded.describe() == session.describe()
+    assert torch.equal(read(model, tokens[:, 10:], loaded), read(model, tokens[:, 10:], session))
+    assert [p.name for p in tmp_path.iterdir()] == ["s.ttt"], "no temporary file is left"
+
+
+def test_an_empty_session_round_trips(model, tmp_path):
+    ttt.Session(model).save(tmp_path / "s.ttt")
+    loaded = ttt.Session.load(model, tmp_path / "s.ttt")
+    assert loaded.tokens_seen == [0]
+    tokens = models.ids(1, 9)
+    assert relative_error(read(model, tokens, loaded), models.oracle(model, tokens)) < SEGMENTATION
+
+
+def test_generate_continues_a_session(model):
+    tokens = models.ids(1, 11)
+    session = ttt.Session(model)
+    out = model.generate(tokens, past_key_values=session.cache, max_new_tokens=6, do_sample=False)
+    more = model.generate(out, past_key_values=session.cache, max_new_tokens=6, do_sample=False)
+    assert torch.equal(more, model.generate(tokens, max_new_tokens=12, do_sample=False))
+
+
+def test_evict_keeps_fast_weights(model):
+    tokens = models.ids(1, 23)
+    session = ttt.Session(model)
+    read(model, tokens, session)
+    before = session.state.clone()
+    keys = session.cache.layers[0].keys.clone()
+    session.evict(keep=5, sink=2)
+    assert session.cache.get_seq_length() == 7
+    assert torch.equal(session.cache.layers[0].keys, torch.cat([keys[..., :2, :], keys[..., -5:, :]], -2))
+    assert all(torch.equal(session.state.sites[k].w, before.sites[k].w) for k in before.sites)
+    assert session.tokens_seen == [23]
+    session.evict(keep=100)
+    assert session.cache.get_seq_length() == 7
+    session.evict(keep=0)
+    assert session.cache.get_seq_length() == 0
+    with pytest.raises(CacheError, match="at least 0"):
+        session.evict(keep=-1)
+
+
+def test_state_bytes_are_known_before_allocation_and_do_not_grow(model):
+    """Law 12."""
+    session = ttt.Session(model, batch_size=3)
+    specs = session.state.specs
+    assert session.state.nbytes == 3 * bytes_per_sequence(specs, torch.float32)
+    before = session.describe()["fast_weight_bytes"]
+    read(model, models.ids(3, 40), session)
+    assert session.describe()["fast_weight_bytes"] == before
+    assert all(min(d) > 0 for d in session.drift().values())
+
+
+def test_a_session_needs_a_converted_model():
+    with pytest.raises(NotConvertedError, match=r"ttt\.convert"):
+        ttt.Session(models.tiny())
+
+
+class TestHostileFiles:
+    @pytest.fixture
+    def path(self, model, tmp_path):
+        session = ttt.Session(model)
+        read(model, models.ids(1, 10), session)
+        session.save(tmp_path / "s.ttt")
+        return tmp_path / "s.ttt"
+
+    @staticmethod
+    def edit(path, change):
+        """Rewrite the header of a safetensors file."""
+        raw = path.read_bytes()
+        size = struct.unpack("<Q", raw[:8])[0]
+        header = json.loads(raw[8 : 8 + size])
+        change(header)
+        text = json.dumps(header).encode()
+        path.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + size :])
+
+    def meta(self, path, **values):
+        def change(header):
+            ours = json.loads(header["__metadata__"]["ttt"]) | values
+            header["__metadata__"]["ttt"] = json.dumps(ours)
+
+        self.edit(path, change)
+
+    def test_truncated(self, model, path):
+        path.write_bytes(path.read_bytes()[:-100])
+        with pytest.raises(SnapshotError, match="cannot be read"):
+            ttt.Session.load(model, path)
+
+    def test_missing(self, model, path):
+        with pytest.raises(SnapshotError, match="cannot be read"):
+            ttt.Session.load(model, path.parent / "nothing.ttt")
+
+    def test_pickle_is_never_executed(self, model, path):
+        class Evil:
+            def __reduce__(self):
+                return (exec, ("raise SystemExit('executed')",))
+
+        path.write_bytes(pickle.dumps(Evil()))
+        with pytest.raises(SnapshotError, match="cannot be read"):
+            ttt.Session.load(model, path)
+
+    @pytest.mark.parametrize(
+        ("values", "message"),
+        [
+            ({"format": "x"}, "no saved session"),
+            ({"version": 99}, "version 99"),
+            ({"sites": []}, "another fast-weight configuration"),
+            ({"model": "0" * 64}, "other weights"),
+            ({"batch_size": 0}, "no positive integer"),
+            ({"batch_size": True}, "no positive integer"),
+            ({"batch_size": 2}, "expected"),
+        ],
+        ids=str,
+    )
+    def test_header(self, model, path, values, message):
+        self.meta(path, **values)
+        with pytest.raises(SnapshotError, match=message):
+            ttt.Session.load(model, path)
+
+    def test_header_that_is_no_json(self, model, path):
+        self.edit(path, lambda h: h["__metadata__"].update(ttt="{"))
+        with pytest.raises(SnapshotError, match="no JSON"):
+            ttt.Session.load(model, path)
+
+    def test_renamed_and_missing_tensors(self, model, path):
+        def rename(header):
+            header["cache.0.other"] = header.pop("cache.0.keys")
+
+        self.edit(path, rename)
+        with pytest.raises(SnapshotError, match="unexpected tensor|do not fit"):
+            ttt.Session.load(model, path)
+
+    def test_wrong_shape(self, model, path):
+        def reshape(header):
+            entry = next(v for k, v in header.items() if k.endswith("tail_h"))
+            entry["shape"] = [1, entry["shape"][2], entry["shape"][1]]
+
+        self.edit(path, reshape)
+        with pytest.raises(SnapshotError, match="expected"):
+            ttt.Session.load(model, path)
+
+    def test_contradicting_counters(self, model, path):
+        session = ttt.Session(model)
+        for site in session.state.sites.values():
+            site.counts[:] = torch.tensor([3, 7])
+        session.save(path)
+        with pytest.raises(SnapshotError, match="contradict"):
+            ttt.Session.load(model, path)
+
+    def test_other_weights_and_other_adapter(self, path):
+        for change in ("model.embed_tokens.weight", "model.layers.0.mlp.down_proj.ttt_conv"):
+            other = models.converted()
+            with torch.no_grad():
+                other.get_parameter(change).add_(1)
+            with pytest.raises(SnapshotError, match="other weights"):
+                ttt.Session.load(other, path)
+
+    def test_a_failed_save_keeps_the_old_file(self, model, path, monkeypatch):
+        before = path.read_bytes()
+        session = ttt.Session(model)
+        monkeypatch.setattr("safetensors.torch.save_file", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            session.save(path)
+        assert path.read_bytes() == before
+        assert [p.name for p in path.parent.iterdir()] == ["s.ttt"]

@@ -1,0 +1,106 @@
+"""The private APIs that ``compat.py`` leans on are where it expects them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+
+import torch
+from torch import nn
+
+from ttt_compiler import backend, compat
+
+
+def test_checked_version():
+    assert torch.__version__.startswith(compat.CHECKED_TORCH)
+
+
+def test_compile_hook_sees_backend_and_options():
+    from torch._dynamo.eval_frame import OptimizeContext, OptimizedModule
+
+    assert getattr(OptimizeContext.__call__, "_ttt_hook", False)
+    module = nn.Linear(2, 2)
+    optimized = torch.compile(module, backend="inplace_ttt", options={"chunk_size": 7})
+    assert isinstance(optimized, OptimizedModule)
+    compiler_fn, kwargs = compat.compiling_backend(optimized.dynamo_ctx)
+    assert compiler_fn is backend.inplace_ttt
+    assert kwargs["options"] == {"chunk_size": 7}
+    assert module._compiled_call_impl is optimized.forward
+
+
+def test_other_backends_are_left_alone():
+    module = nn.Linear(2, 2)
+    torch.compile(module, backend="eager")
+    assert module._compiled_call_impl is None
+    x = torch.ones(1, 2)
+    assert torch.equal(torch.compile(module, backend="eager")(x), module(x))
+
+
+def test_own_code_gives_each_function_its_own_code():
+    def f(x):
+        return x
+
+    a, b = compat.own_code(f), compat.own_code(f)
+    assert a.__code__ is not b.__code__
+    assert a(3) == b(3) == 3
+
+
+def test_modes():
+    assert {"default", "reduce-overhead", "max-autotune"} <= set(compat.inductor_modes())
+
+
+def test_fork_leaves_dynamos_graph_alone():
+    seen = []
+
+    def record(gm, inputs):
+        before = str(gm.graph)
+        forked = compat.fork_graph_module(gm)
+        for old, new in zip(gm.graph.nodes, forked.graph.nodes, strict=True):
+            assert old is not new
+            assert getattr(old, "_dynamo_source", None) is getattr(new, "_dynamo_source", None)
+        forked.graph.placeholder("extra")
+        assert str(gm.graph) == before
+        seen.append(gm)
+        return gm.forward
+
+    model = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 2))
+    torch.compile(model, backend=record)(torch.ones(1, 2))
+    assert seen
+
+
+def run_fresh(code: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_importing_is_light_and_the_entry_point_needs_no_import():
+    out = run_fresh(
+        """
+        import sys, time, torch
+        import torch._dynamo
+        assert "inplace_ttt" in torch._dynamo.list_backends()
+        assert not any(m.startswith("ttt_compiler") for m in sys.modules)
+        before = set(sys.modules)
+        start = time.perf_counter()
+        import ttt_compiler
+        print(time.perf_counter() - start)
+        new = {m.partition(".")[0] for m in set(sys.modules) - before}
+        assert new <= {"ttt_compiler", "importlib"}, new
+        assert ttt_compiler.TTTConfig().chunk_size == 1024
+        assert set(ttt_compiler.__all__) <= set(dir(ttt_compiler))
+        """
+    )
+    assert float(out) < 0.5
+
+
+def test_public_names_exist():
+    import ttt_compiler
+
+    for name in ttt_compiler.__all__:
+        assert getattr(ttt_compiler, name) is not None
+    # A module of the same name must never take a function's place.
+    assert callable(ttt_compiler.convert)
