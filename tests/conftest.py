@@ -26,7 +26,10 @@ def seeded():
 @pytest.fixture(autouse=True)
 def poisoned_empty():
     """``torch.empty`` gives NaN, so that reading what was never written shows."""
-    before = torch.utils.deterministic.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
+    before = (
+        torch.utils.deterministic.fill_uninitialized_memory,
+        torch.are_deterministic_algorithms_enabled(),
+    )
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield

@@ -16,8 +16,8 @@ from transformers import (
 )
 
 from ttt_compiler.codegen import reference
-from ttt_compiler.conversion import convert
 from ttt_compiler.config import TTTConfig
+from ttt_compiler.conversion import convert
 from ttt_compiler.runtime.root import require_root
 from ttt_compiler.runtime.site import CONV, PROJ
 

@@ -77,7 +77,17 @@ def damage(path, kind):
 
 
 KINDS = [
-    "truncated", "shape", "dtype", "missing", "nan", "no header", "sites", "version", "unknown key", "no json", "gone",
+    "truncated",
+    "shape",
+    "dtype",
+    "missing",
+    "nan",
+    "no header",
+    "sites",
+    "version",
+    "unknown key",
+    "no json",
+    "gone",
 ]
 
 

@@ -37,7 +37,12 @@ def test_one_line_converts_and_starts_as_the_base_model_bit_for_bit(family):
         assert torch.equal(compiled(tokens).logits, base(tokens).logits)
         assert sum("ttt_conv" in n for n, _ in model.named_parameters()) == 2
         # Prefill and one step; the borders of chunks fall inside of the prompt.
-        kept = {"max_new_tokens": 2, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+        kept = {
+            "max_new_tokens": 2,
+            "do_sample": False,
+            "output_logits": True,
+            "return_dict_in_generate": True,
+        }
         base_model = models.tiny(family)
         base_model.compile(dynamic=False)
         ours, theirs = compiled.generate(tokens, **kept), base_model.generate(tokens, **kept)
@@ -65,7 +70,10 @@ def test_dynamic_shapes_use_one_graph(compiles):
     with torch.no_grad():
         for batch, length in ((2, 23), (3, 9), (2, 5), (4, 16)):
             tokens = models.ids(batch, length)
-            assert relative_error(model(tokens, use_cache=False).logits, models.oracle(model, tokens)) < SEGMENTATION
+            assert (
+                relative_error(model(tokens, use_cache=False).logits, models.oracle(model, tokens))
+                < SEGMENTATION
+            )
     assert compiles.count == 1
 
 
@@ -211,7 +219,10 @@ class TestCaches:
             model = models.converted(lr=lr)
             model.compile(backend="inplace_ttt")
             with torch.no_grad():
-                assert relative_error(model(tokens, use_cache=False).logits, models.oracle(model, tokens)) < SEGMENTATION
+                assert (
+                    relative_error(model(tokens, use_cache=False).logits, models.oracle(model, tokens))
+                    < SEGMENTATION
+                )
 
     def test_changed_source_misses_the_compile_cache(self, monkeypatch):
         from torch._dynamo.utils import counters

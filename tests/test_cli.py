@@ -203,9 +203,7 @@ def test_demo_with_a_saved_adapter(tiny, document, tmp_path):
 
 def test_demo_reads_what_one_whole_call_reads(tiny, document, tmp_path):
     """With a window as long as the document, the static column is the model's own loss."""
-    result = small(
-        tiny, document, tmp_path / "out", "--window", 64, "--tokens", 32, "--continuation", 1
-    )
+    result = small(tiny, document, tmp_path / "out", "--window", 64, "--tokens", 32, "--continuation", 1)
     assert result.exit_code == 0, result.output
     numbers = json.loads((tmp_path / "out" / "demo.json").read_text())
     model = LlamaForCausalLM.from_pretrained(tiny).eval()

@@ -13,7 +13,9 @@ KEYS = [f"model.layers.{i}.mlp.down_proj.weight" for i in range(8)]
 
 
 def test_unknown_option_lists_the_valid_ones_and_guesses():
-    with pytest.raises(ValueError, match=r"unknown option 'chunk'.*chunk_size.*Valid: layers, chunk_size, lr"):
+    with pytest.raises(
+        ValueError, match=r"unknown option 'chunk'.*chunk_size.*Valid: layers, chunk_size, lr"
+    ):
         TTTConfig.from_options({"chunk": 4})
 
 

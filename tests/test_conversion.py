@@ -108,9 +108,7 @@ def test_disabled_is_the_base_model():
     tokens = models.ids(2, 9)
     with ttt.disabled(model):
         assert torch.equal(model(tokens).logits, base(tokens).logits)
-        assert torch.equal(
-            model.generate(tokens, max_new_tokens=5), base.generate(tokens, max_new_tokens=5)
-        )
+        assert torch.equal(model.generate(tokens, max_new_tokens=5), base.generate(tokens, max_new_tokens=5))
     with pytest.raises(NotCompiledError):
         model(tokens)
 
@@ -124,7 +122,12 @@ def test_converting_twice():
 
 
 def test_models_that_see_both_directions_are_refused_unchanged():
-    small = {"hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4}
+    small = {
+        "hidden_size": 32,
+        "intermediate_size": 80,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     bert = BertForMaskedLM(BertConfig(vocab_size=97, max_position_embeddings=64, **small)).eval()
     with pytest.raises(NonCausalModelError, match=r"encoder\.layer\.0.*sees later tokens"):
         ttt.convert(bert, ttt.TTTConfig(layers="all"))
@@ -144,8 +147,13 @@ def test_no_mlp_lists_what_was_refused():
 
 def test_routed_experts_are_left_alone():
     config = MixtralConfig(
-        vocab_size=97, hidden_size=32, intermediate_size=80, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, num_local_experts=4,
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=80,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
     )
     with pytest.raises(NoMLPFoundError, match="routed experts"):
         ttt.convert(MixtralForCausalLM(config).eval())
@@ -165,7 +173,11 @@ class Block(nn.Module):
 def test_shared_weights_are_refused_with_the_reason():
     block = Block()
     with pytest.raises(UnsupportedModelError, match="shared by 2 places"):
-        ttt.convert(nn.Sequential(block, block), ttt.TTTConfig(layers="all"), example_inputs=((torch.randn(2, 9, 16),), {}))
+        ttt.convert(
+            nn.Sequential(block, block),
+            ttt.TTTConfig(layers="all"),
+            example_inputs=((torch.randn(2, 9, 16),), {}),
+        )
 
 
 class RawParameters(nn.Module):
@@ -179,8 +191,12 @@ class RawParameters(nn.Module):
 
 
 def test_weights_without_a_layer_of_their_own_are_refused_with_the_reason():
-    with pytest.raises(UnsupportedModelError, match="RawParameters.*no linear layer"):
-        ttt.convert(RawParameters(), ttt.TTTConfig(layers="all"), example_inputs=((torch.randn(2, 9, 16),), {}))
+    with pytest.raises(UnsupportedModelError, match=r"RawParameters.*no linear layer"):
+        ttt.convert(
+            RawParameters(),
+            ttt.TTTConfig(layers="all"),
+            example_inputs=((torch.randn(2, 9, 16),), {}),
+        )
 
 
 def test_other_modules_need_example_inputs():
@@ -195,7 +211,13 @@ def test_other_modules_need_example_inputs():
 def test_a_padded_batch_in_one_dtype_converts_on_meta_too():
     with torch.device("meta"):
         model = LlamaForCausalLM(
-            LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4)
+            LlamaConfig(
+                vocab_size=97,
+                hidden_size=32,
+                intermediate_size=80,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+            )
         )
     ttt.convert(model, ttt.TTTConfig(layers="all"))
     assert model.model.layers[1].mlp.down_proj.ttt_proj.is_meta

@@ -151,9 +151,7 @@ def test_a_compiled_model_still_runs_the_same_graphs():
 
 
 def test_biased_transposed_ungated_mlp():
-    config = GPT2Config(
-        n_embd=32, n_layer=2, n_head=2, vocab_size=64, bos_token_id=0, eos_token_id=0
-    )
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=64, bos_token_id=0, eos_token_id=0)
     report = explain(GPT2LMHeadModel(config), ttt.TTTConfig(layers="all"))
     assert [(row.bias, row.gated, row.chosen) for row in report.rows] == [(True, False, True)] * 2
 
@@ -189,9 +187,7 @@ class _Raises(nn.Module):
     ids=["no inputs known", "raises", "empty", "str", "None"],
 )
 def test_never_raises(model):
-    report = explain(
-        model, example_inputs=((torch.ones(2, 9, 3),), {}) if callable(model) else None
-    )
+    report = explain(model, example_inputs=((torch.ones(2, 9, 3),), {}) if callable(model) else None)
     assert report.problems
     assert str(report)
     json.dumps(report.to_dict())

@@ -14,11 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from ttt_compiler.config import TTTConfig
-from ttt_compiler.conversion import convert, root_of, unwrap
+from ttt_compiler.conversion import convert, revert, root_of
 from ttt_compiler.discover import Inputs
 from ttt_compiler.errors import AdapterError, ConfigError
-from ttt_compiler.runtime.files import expect_tensors, read_json, read_tensors, write_json, write_tensors
-from ttt_compiler.runtime.root import Root, require_root
+from ttt_compiler.runtime.files import (
+    expect_tensors,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
+from ttt_compiler.runtime.root import Root, require_root, unwrap
 from ttt_compiler.runtime.site import CONV, PROJ
 from ttt_compiler.spec import SiteSpec
 
@@ -57,12 +63,15 @@ def load_adapter(
     config = _read_config(path / CONFIG_FILE)
     tensors, header = read_tensors(path / TENSOR_FILE, AdapterError)
     if header.get("format") != FORMAT or header.get("version") != VERSION:
-        raise AdapterError(f"{path / TENSOR_FILE}: is no adapter of version {VERSION}; the model is unchanged")
+        raise AdapterError(
+            f"{path / TENSOR_FILE}: is no adapter of version {VERSION}; the model is unchanged"
+        )
     specs = _read_specs(header, path)
     root = root_of(module)
     if root is not None and root.config != config:
         raise AdapterError(
-            f"{path}: was made with {config}, but the model is converted with {root.config}. Type ttt.revert(model) "
+            f"{path}: was made with {config}, but the model is converted with {root.config}. Type "
+            "ttt.revert(model) "
             "first; the model is unchanged"
         )
     _check_weights(module, root, specs, tensors, path)
@@ -70,10 +79,10 @@ def load_adapter(
         convert(module, config, example_inputs=example_inputs)
         root = require_root(module)[1]
         if root.specs != specs:
-            from ttt_compiler.conversion import revert
-
             revert(module)
-            raise AdapterError(f"{path}: was made for another model: its sites differ; the model is unchanged")
+            raise AdapterError(
+                f"{path}: was made for another model: its sites differ; the model is unchanged"
+            )
     current = _parameters(module, root)
     with torch.no_grad():
         for name, value in tensors.items():
@@ -113,7 +122,11 @@ def _read_specs(header: dict[str, Any], path: Path) -> tuple[SiteSpec, ...]:
 
 
 def _check_weights(
-    model: nn.Module, root: Root | None, specs: tuple[SiteSpec, ...], tensors: dict[str, Tensor], path: Path
+    model: nn.Module,
+    root: Root | None,
+    specs: tuple[SiteSpec, ...],
+    tensors: dict[str, Tensor],
+    path: Path,
 ) -> None:
     """Names, shapes and dtypes of the file against the model's own weights."""
     if root is not None and root.specs != specs:
@@ -124,7 +137,8 @@ def _check_weights(
         weight = weights.get(spec.key)
         if weight is None or sorted(weight.shape) != sorted((spec.d_model, spec.d_ff)):
             raise AdapterError(
-                f"{path}: needs a weight {spec.key} of shape {(spec.d_model, spec.d_ff)}, which this model lacks: it is "
+                f"{path}: needs a weight {spec.key} of shape {(spec.d_model, spec.d_ff)}, which this "
+                "model lacks: it is "
                 "an adapter of another model; the model is unchanged"
             )
         owner = spec.key.rpartition(".")[0]

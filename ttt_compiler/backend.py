@@ -86,16 +86,19 @@ def bind(
     compiled: dict[object, Callable[..., Any]] = {}
 
     def run(kind: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        # One code object per kind of call: Dynamo budgets recompiles per code object, and gives up in
-        # silence when they are spent.
+        # One code object per kind of call: Dynamo budgets recompiles per code object (8), gives up in
+        # silence when they are spent, and a model that serves prefill, decode, padded and plain batches
+        # spends them on structure alone. Within a kind only sizes vary.
         if kind not in compiled:
             compiled[kind] = compile_one(compat.own_code(forward))
         try:
             return compiled[kind](*args, **kwargs)
         except NotCompiledError as e:
             e.add_note(
-                "The call did go through torch.compile, but Dynamo ran it uncompiled: a graph break inside of a "
-                "layer, torch.compiler.set_stance, or torch._dynamo.config.recompile_limit (raise it, or pass "
+                "The call did go through torch.compile, but Dynamo ran it uncompiled: a graph break "
+                "inside of a "
+                "layer, torch.compiler.set_stance, or torch._dynamo.config.recompile_limit (raise "
+                "it, or pass "
                 "dynamic=True). TORCH_LOGS=recompiles,graph_breaks shows which"
             )
             raise
@@ -122,7 +125,7 @@ def bind(
             args = ()
         kwargs, stateful = root.prepare(module, args, kwargs)
         with call_mode(stateful):
-            return run((stateful, root.context.enabled, torch.is_grad_enabled()), args, kwargs)
+            return run(root.kind(args, kwargs), args, kwargs)
 
     return entry
 
@@ -130,7 +133,8 @@ def bind(
 def _check_same(module: nn.Module, root: Root, config: TTTConfig | None) -> None:
     if config is not None and config != root.config:
         raise AlreadyConvertedError(
-            f"{type(module).__name__} is converted with {root.config}, but torch.compile was given options for {config}. "
+            f"{type(module).__name__} is converted with {root.config}, but torch.compile was given "
+            f"options for {config}. "
             "Leave options out, or ttt.revert(model) first"
         )
 
@@ -146,15 +150,14 @@ def _example_inputs(
 
 def _require_converted(gm: fx.GraphModule, inputs: Sequence[Any], result: PipelineResult) -> None:
     """A region with MLPs, but without markers, is right only when their model was converted."""
-    forked = dict(
-        zip(result.gm.graph.find_nodes(op="placeholder"), inputs, strict=True)
-    )
+    forked = dict(zip(result.gm.graph.find_nodes(op="placeholder"), inputs, strict=True))
     for site in result.state.report.sites:
         weight = forked.get(site.top_weight)
         if site.kind == "dense" and isinstance(weight, Tensor) and not is_known_weight(weight):
             raise NotConvertedError(
                 "the compiled function holds the MLP of a model that was never converted. Type "
-                "ttt.convert(model, ttt.TTTConfig(...)) before compiling a function that calls it, or compile "
+                "ttt.convert(model, ttt.TTTConfig(...)) before compiling a function that calls it, "
+                "or compile "
                 'the model itself: torch.compile(model, backend="inplace_ttt")'
             )
 

@@ -35,9 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-_LAYERS = (
-    "all, every:K, every:K+OFFSET, block indices (0,6,12), or glob patterns over weight names."
-)
+_LAYERS = "all, every:K, every:K+OFFSET, block indices (0,6,12), or glob patterns over weight names."
 _MODEL = "smollm2 (the packaged SmolLM2-135M), a folder, a .gguf file, or a name on the hub."
 
 LayersOption = Annotated[str, typer.Option(help=_LAYERS)]
@@ -89,9 +87,7 @@ def demo(
     document: Annotated[
         Path | None, typer.Option(help="A UTF-8 text. Default: Python's language reference.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for plot, numbers and session.")] = Path(
-        "demo-output"
-    ),
+    out: Annotated[Path, typer.Option(help="Folder for plot, numbers and session.")] = Path("demo-output"),
     tokens: Annotated[int, typer.Option(help="How much of the document is read.")] = 8192,
     window: Annotated[int, typer.Option(help="Tokens that attention sees at most.")] = 1024,
     block: Annotated[int, typer.Option(help="Tokens per call.")] = 512,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -77,7 +77,7 @@ def install_compile_hook(
         return optimized
 
     hooked._ttt_hook = True  # type: ignore[attr-defined]
-    OptimizeContext.__call__ = hooked  # type: ignore[method-assign, assignment]
+    OptimizeContext.__call__ = hooked  # type: ignore[method-assign]
 
 
 def user_error(error: BaseException) -> BaseException | None:
@@ -103,9 +103,7 @@ def own_code(fn: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def capture(
-    fn: Callable[..., Any], backend: Callable[..., Any]
-) -> Callable[..., Any]:
+def capture(fn: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
     """``fn`` compiled with a callable ``backend``, static shapes, without touching other compiled code."""
     return torch.compile(own_code(fn), backend=backend, dynamic=False)
 
@@ -124,7 +122,7 @@ def fork_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
     for old, new in mapping.items():
         new.meta = dict(old.meta)
         if hasattr(old, "_dynamo_source"):
-            new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+            new._dynamo_source = old._dynamo_source
     forked = fx.GraphModule(gm, graph)
     forked.meta = dict(gm.meta)
     for name in ("_param_name_to_source", "_backend_id", "compile_subgraph_reason"):
@@ -166,14 +164,14 @@ def inductor_compile(
     patches: dict[str, Any] = dict(list_mode_options(mode)) if mode not in (None, "default") else {}
     theirs = get_custom_graph_passes(config.post_grad_custom_pre_pass)
     patches["post_grad_custom_pre_pass"] = [*theirs, _cache_key_tag(uuid)]
-    compiled: Callable[..., Any] = compile_fx(gm, list(inputs), config_patches=patches)
-    return compiled
+    compiled: Any = compile_fx(gm, list(inputs), config_patches=patches)
+    return cast("Callable[..., Any]", compiled)
 
 
 def _cache_key_tag(uuid: str) -> Any:
     from torch._inductor.custom_graph_pass import CustomGraphPass
 
-    class CacheKeyTag(CustomGraphPass):  # type: ignore[misc]
+    class CacheKeyTag(CustomGraphPass):
         def __call__(self, graph: fx.Graph) -> None:
             pass
 

@@ -49,7 +49,9 @@ class TTTConfig:
         _check_int("chunk_size", self.chunk_size, minimum=1)
         _check_int("conv_kernel", self.conv_kernel, minimum=1)
         if self.conv_kernel % 2 == 0:
-            raise ConfigError(f"conv_kernel={self.conv_kernel} must be odd: the taps are centred on the token")
+            raise ConfigError(
+                f"conv_kernel={self.conv_kernel} must be odd: the taps are centred on the token"
+            )
         if isinstance(self.lr, bool) or not isinstance(self.lr, (int, float)) or self.lr != self.lr:
             raise ConfigError(f"lr={self.lr!r} must be a finite number")
         if abs(self.lr) == float("inf"):
@@ -130,4 +132,6 @@ def _checked_layers(layers: object) -> Layers:
             return tuple(sorted(set(layers)))
         if all(isinstance(p, str) and p for p in layers):
             return tuple(layers)
-    raise ConfigError(f"layers={layers!r} must be a non-empty list of block indices (>= 0) or of glob patterns")
+    raise ConfigError(
+        f"layers={layers!r} must be a non-empty list of block indices (>= 0) or of glob patterns"
+    )

@@ -115,7 +115,7 @@ def revert(model: nn.Module) -> nn.Module:
     model, root = require_root(model)
     for path in root.owners.values():
         detach(model.get_submodule(path))
-    del model.forward  # type: ignore[attr-defined]
+    del model.forward
     if "_ttt_forward" in model.__dict__:
         model.forward = model.__dict__.pop("_ttt_forward")
     delattr(model, NAME)
@@ -179,7 +179,8 @@ def why_not(model: nn.Module, config: TTTConfig, mlp: FoundMLP, found: Discovery
         return "routed experts see tokens in expert order, not in sequence order; they are left alone"
     if mlp.causal is False:
         return (
-            "it sees later tokens (bidirectional attention), so what it writes would leak into earlier outputs. "
+            "it sees later tokens (bidirectional attention), so what it writes would leak into "
+            "earlier outputs. "
             "In-Place TTT needs a causal decoder"
         )
     if mlp.uses > 1:
@@ -189,7 +190,8 @@ def why_not(model: nn.Module, config: TTTConfig, mlp: FoundMLP, found: Discovery
     owner = model.get_submodule(mlp.weight.rpartition(".")[0])
     if next(owner.children(), None) is not None or mlp.weight.rpartition(".")[2] != "weight":
         return (
-            f"its weight is owned by {type(owner).__name__}, which is no linear layer by itself; only weights of "
+            f"its weight is owned by {type(owner).__name__}, which is no linear layer by itself; only "
+            "weights of "
             "linear-like layers (forward(h) -> projection) can be converted yet"
         )
     if config.target == "input_embed":
@@ -203,11 +205,14 @@ def why_not(model: nn.Module, config: TTTConfig, mlp: FoundMLP, found: Discovery
 def _check_model(model: nn.Module) -> None:
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise NonCausalModelError(
-            f"{type(model).__name__} is an encoder-decoder: its encoder layers see both directions, and its decoder "
+            f"{type(model).__name__} is an encoder-decoder: its encoder layers see both directions, "
+            "and its decoder "
             "layers depend on them. In-Place TTT needs a causal decoder"
         )
     if is_region(model):
-        raise AlreadyConvertedError(f"{type(model).__name__} is part of, or holds, a model that is converted already")
+        raise AlreadyConvertedError(
+            f"{type(model).__name__} is part of, or holds, a model that is converted already"
+        )
     for parameter in model.parameters():
         require_cpu(parameter.device, type(model).__name__)
 
@@ -232,12 +237,11 @@ def _initial_parameters(
     model: nn.Module, spec: SiteSpec, weight: Tensor
 ) -> tuple[nn.Parameter, nn.Parameter | None]:
     """conv = 0 and a diagonal P (paper appendix C.3): nothing is written until conv is trained."""
-    like = {"dtype": weight.dtype, "device": weight.device}
-    conv = nn.Parameter(torch.zeros(spec.d_target, 1, spec.conv_kernel, **like), weight.requires_grad)
+    conv = nn.Parameter(weight.new_zeros(spec.d_target, 1, spec.conv_kernel), weight.requires_grad)
     if not spec.proj:
         return conv, None
     std = float(getattr(getattr(model, "config", None), "initializer_range", None) or 0.02)
-    proj = torch.zeros(spec.d_target, spec.d_model, **like)
+    proj = weight.new_zeros(spec.d_target, spec.d_model)
     proj.diagonal().normal_(0.0, std)
     return conv, nn.Parameter(proj, weight.requires_grad)
 
@@ -288,8 +292,12 @@ def _cache_factory(model: nn.Module) -> Callable[[], Any] | None:
 
 
 def _nothing_found(model: nn.Module, found: Discovery) -> str:
-    lines = [f"no MLP down-projection found in {type(model).__name__} ({found.graphs} captured graphs). Refused:"]
+    lines = [
+        f"no MLP down-projection found in {type(model).__name__} ({found.graphs} captured graphs). Refused:"
+    ]
     lines += [f"  {m.weight}: routed experts are left alone" for m in found.mlps if m.kind != "dense"]
     lines += [f"  {name or '<unnamed>'}: {reason}" for name, reason in found.rejections]
-    lines.append("An MLP is a projection D -> F, a nonlinearity, and a projection F -> D into the residual stream")
+    lines.append(
+        "An MLP is a projection D -> F, a nonlinearity, and a projection F -> D into the residual stream"
+    )
     return "\n".join(lines)

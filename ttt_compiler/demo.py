@@ -79,9 +79,7 @@ class DemoOptions:
                 "and one token more"
             )
         if self.tokens < self.block or self.tokens % self.block:
-            raise ConfigError(
-                f"tokens={self.tokens} must be a positive multiple of block={self.block}"
-            )
+            raise ConfigError(f"tokens={self.tokens} must be a positive multiple of block={self.block}")
         if self.continuation < 1:
             raise ConfigError(f"continuation={self.continuation} must be at least 1")
         if self.random_adapter and self.tokens < self.chunk_size:
@@ -96,9 +94,7 @@ class DemoOptions:
 
     def to_config(self) -> TTTConfig:
         """The conversion that these options ask for."""
-        return TTTConfig(
-            layers=self.layers, chunk_size=self.chunk_size, lr=self.lr, target=self.target
-        )
+        return TTTConfig(layers=self.layers, chunk_size=self.chunk_size, lr=self.lr, target=self.target)
 
 
 @dataclass
@@ -207,9 +203,7 @@ def run_demo(options: DemoOptions, *, say: Callable[[str], None], track: Track) 
     restored_tokens, restored_logits = again.generate(first, options.continuation)
     result.restored = tokens == restored_tokens and torch.equal(logits, restored_logits)
     if not result.restored:
-        raise SnapshotError(
-            f"{path}: the restored session continued differently; please report this"
-        )
+        raise SnapshotError(f"{path}: the restored session continued differently; please report this")
     result.text = tokenizer.decode(tokens)
     return result
 

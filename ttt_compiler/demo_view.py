@@ -46,9 +46,7 @@ class View:
             MofNCompleteColumn(),
             TimeRemainingColumn(),
         )
-        with Progress(
-            *columns, console=self.console, disable=not self.console.is_terminal
-        ) as progress:
+        with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as progress:
             yield from progress.track(blocks, description=what)
 
     def show(self, options: DemoOptions, result: DemoResult) -> None:
@@ -68,9 +66,7 @@ class View:
             self.console.print(_drift_table(result))
         self._print("Training an adapter is not part of this version.")
         self._print("")
-        self._print(
-            "the session continues the document (greedily, not part of the comparison above):"
-        )
+        self._print("the session continues the document (greedily, not part of the comparison above):")
         self._print(f"  {result.text!r}")
         cached, cache, fast = (
             result.session[k] for k in ("cached_tokens", "cache_bytes", "fast_weight_bytes")
@@ -82,9 +78,7 @@ class View:
         )
         self._print("")
         times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in result.seconds.items())
-        self._print(
-            f"wall time: {times} ({torch.get_num_threads()} threads, torch {torch.__version__})"
-        )
+        self._print(f"wall time: {times} ({torch.get_num_threads()} threads, torch {torch.__version__})")
 
     def _print(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -116,9 +110,7 @@ def verdict(options: DemoOptions, result: DemoResult) -> str:
             "costs; it is not expected to help."
         )
     elif options.adapter is None:
-        lines.append(
-            "Nothing was written, so they should be equal bit for bit. Please report this as a bug."
-        )
+        lines.append("Nothing was written, so they should be equal bit for bit. Please report this as a bug.")
     else:
         lines.append("One document and one run: this says nothing about other documents.")
     return "\n".join(lines)
@@ -152,11 +144,13 @@ def _drift_table(result: DemoResult) -> Table:
     last_block = {chunks: i for i, chunks in enumerate(result.chunks) if chunks}
     shown = [c for c in last_block if c & (c - 1) == 0 or c == max(last_block)]
     table = Table(
-        "weight",
         title="|W - W0| / |W0| after so many chunks (every chunk: demo.json)",
         title_justify="left",
         box=SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
     )
+    table.add_column("weight", overflow="fold")
     for count in shown:
         table.add_column(str(count), justify="right", no_wrap=True)
     for key, values in result.drift.items():

@@ -151,9 +151,7 @@ class _Recorder:
         first = {key: i for i, key in reversed(list(enumerate(keys)))}
         order = sorted(first, key=lambda key: first[key])
         blocks = dict(zip(order, block_indices(order), strict=True))
-        mlps = tuple(
-            _describe(*sites[first[key]], key, blocks[key], uses[key], leading) for key in order
-        )
+        mlps = tuple(_describe(*sites[first[key]], key, blocks[key], uses[key], leading) for key in order)
         widths = {g.embed_width for g in self.graphs if g.embed_width is not None}
         return Discovery(
             mlps,
@@ -169,9 +167,7 @@ class _Graph:
     def __init__(self, gm: fx.GraphModule, inputs: list[Any], names: dict[int, str]) -> None:
         self.gm = gm
         placeholders = gm.graph.find_nodes(op="placeholder")
-        self._weights = {
-            n: names[id(x)] for n, x in zip(placeholders, inputs, strict=True) if id(x) in names
-        }
+        self._weights = {n: names[id(x)] for n, x in zip(placeholders, inputs, strict=True) if id(x) in names}
         report = find_mlps(gm)
         self.sites = report.sites
         self.rejections = [

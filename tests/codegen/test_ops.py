@@ -80,9 +80,10 @@ def test_stateless_equals_reference(length, pos):
     pos = None if pos is None else pos[:, -length:]
     args = problem(length)
     h, t, w0, conv, proj, bias = args
-    assert relative_error(
-        stateless(*args, pos), reference.batched(h, t, w0, conv, proj, LR, C, pos, bias)
-    ) < FP64
+    assert (
+        relative_error(stateless(*args, pos), reference.batched(h, t, w0, conv, proj, LR, C, pos, bias))
+        < FP64
+    )
 
 
 @pytest.mark.parametrize("pos", [None, positions()], ids=["whole", "documents"])
@@ -155,11 +156,11 @@ def test_zero_conv_and_zero_lr_are_the_plain_projection_bit_for_bit():
     h, t, w0, conv, proj, bias = problem(dtype=torch.float32)
     base = torch.addmm(bias, h.view(-1, F), w0.t()).view(B, -1, D)
     assert torch.equal(stateless(h, t, w0, conv * 0, proj, bias, None), base)
-    out = torch.ops.ttt.fast_weight_step(
-        h, t, w0, bias, conv * 0, proj, None, spec(), *state(torch.float32)
-    )
+    out = torch.ops.ttt.fast_weight_step(h, t, w0, bias, conv * 0, proj, None, spec(), *state(torch.float32))
     assert torch.equal(out, base)
-    out = torch.ops.ttt.fast_weight_step(h, t, w0, bias, conv, proj, None, spec(lr=0.0), *state(torch.float32))
+    out = torch.ops.ttt.fast_weight_step(
+        h, t, w0, bias, conv, proj, None, spec(lr=0.0), *state(torch.float32)
+    )
     assert torch.equal(out, base)
 
 
@@ -203,7 +204,10 @@ def test_opcheck(pos):
     check(torch.ops.ttt.chunk_conv_dweight.default, (v.detach(), t.detach(), pos, C, K))
     check(torch.ops.ttt.chunk_scan.default, (h, v, w0, bias, pos, C))
     check(torch.ops.ttt.chunk_scan.default, (h, v, w0, None, pos, C))
-    check(torch.ops.ttt.chunk_scan_backward.default, (v.detach(), h.detach(), v.detach(), w0.detach(), pos, C))
+    check(
+        torch.ops.ttt.chunk_scan_backward.default,
+        (v.detach(), h.detach(), v.detach(), w0.detach(), pos, C),
+    )
     plain = [x.detach() for x in (h, t, w0, bias, conv, proj)]
     s = [torch.zeros_like(x) for x in state()]
     check(torch.ops.ttt.fast_weight_step.default, (*plain, pos, spec(), *s))

@@ -16,7 +16,10 @@ def main() -> None:
     print("| quantity | " + " | ".join(rows) + " |")
     print("|---|" + "---|" * len(rows))
     for name in names:
-        cells = ["–" if name not in r else f"{r[name]:.1e}" if name != "greedy" else f"{int(r[name])} wrong" for r in rows.values()]
+        cells = [
+            "-" if name not in r else f"{r[name]:.1e}" if name != "greedy" else f"{int(r[name])} wrong"
+            for r in rows.values()
+        ]
         print(f"| {name} | " + " | ".join(cells) + " |")
 
 

@@ -40,7 +40,9 @@ def measure(case: Path) -> dict[str, float]:
             grad = model.get_parameter(parameter).grad
             assert grad is not None, parameter
             kind = "grad " + next(
-                k for k in ("ttt_conv", "ttt_proj", "down_proj", "gate_proj", "embed_tokens") if parameter.endswith(k) or f"{k}.weight" in parameter
+                k
+                for k in ("ttt_conv", "ttt_proj", "down_proj", "gate_proj", "embed_tokens")
+                if parameter.endswith(k) or f"{k}.weight" in parameter
             )
             errors[kind] = max(errors.get(kind, 0.0), relative_error(grad, value))
 
@@ -55,10 +57,16 @@ def measure(case: Path) -> dict[str, float]:
     for name in weights:
         site = session.state.sites[f"model.layers.{name.removeprefix('final_weight.')}.mlp.down_proj.weight"]
         assert site.counts[0, 1] == ids.shape[1] // run["config"]["ttt_chunk"]
-        errors["final_weight"] = max(errors.get("final_weight", 0.0), relative_error(site.w[0], expected[name]))
+        errors["final_weight"] = max(
+            errors.get("final_weight", 0.0), relative_error(site.w[0], expected[name])
+        )
     prompt = ids[:1, :prefill]
     greedy = model.generate(
-        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=run["generate"], do_sample=False, eos_token_id=None
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=run["generate"],
+        do_sample=False,
+        eos_token_id=None,
     )
     errors["greedy"] = float((greedy != expected["greedy"]).sum())
     with torch.no_grad():
@@ -77,6 +85,13 @@ def test_official(case):
     assert errors["greedy"] == 0
     bad = {k: v for k, v in errors.items() if not v <= OFFICIAL}
     assert not bad
-    expected = {"train_logits", "train_loss", "cached_logits", "final_weight", "static_logits", "greedy"}
+    expected = {
+        "train_logits",
+        "train_loss",
+        "cached_logits",
+        "final_weight",
+        "static_logits",
+        "greedy",
+    }
     expected |= {f"grad {k}" for k in ("ttt_conv", "down_proj", "gate_proj", "embed_tokens")}
     assert expected <= errors.keys()

@@ -72,9 +72,7 @@ FAMILIES: dict[str, Family] = {
     "gpt2": Family("GPT2Config", {**_GPT, **_END, "n_inner": 160}, r"\.mlp\.c_proj\.weight$"),
     "phi3": Family("Phi3Config", _DECODER, _DOWN),
     "gemma2": Family("Gemma2Config", {**_DECODER, "head_dim": 16}, _DOWN),
-    "gptj": Family(
-        "GPTJConfig", {**_GPT, **_END, "n_inner": 160, "rotary_dim": 8}, r"mlp\.fc_out\.weight$"
-    ),
+    "gptj": Family("GPTJConfig", {**_GPT, **_END, "n_inner": 160, "rotary_dim": 8}, r"mlp\.fc_out\.weight$"),
     "gpt_neox": Family(
         "GPTNeoXConfig",
         {k: v for k, v in _DECODER.items() if "key_value" not in k},

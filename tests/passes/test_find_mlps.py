@@ -7,6 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import fx, nn
+from torch.utils.checkpoint import checkpoint
+
 from tests.passes.capture import capture, capture_lm
 from tests.passes.families import FAMILIES, Family
 from tests.passes.handmade import (
@@ -31,9 +34,6 @@ from tests.passes.handmade import (
     WholeInAutograd,
     WithLoRA,
 )
-from torch import fx, nn
-from torch.utils.checkpoint import checkpoint
-
 from ttt_compiler.passes.embeddings import token_embeddings
 from ttt_compiler.passes.find_mlps import MLPReport, MLPSite, find_mlps
 from ttt_compiler.passes.graph import source_fqn
@@ -180,9 +180,7 @@ class TestSpellings:
             (Adapter, "mlp.down.weight", "silu", True),
         ],
     )
-    def test_finds_the_mlp(
-        self, make: type[nn.Module], weight: str, activation: str, gated: bool
-    ) -> None:
+    def test_finds_the_mlp(self, make: type[nn.Module], weight: str, activation: str, gated: bool) -> None:
         model = Model(make)
         report = find_mlps(capture(model, ids()))
         assert names(report) == [f"mlp.{weight}"]

@@ -88,10 +88,7 @@ def linear_parameters(model: nn.Module) -> int:
     does not count.
     """
     looked_up = {
-        id(p)
-        for m in model.modules()
-        if isinstance(m, nn.Embedding)
-        for p in m.parameters(recurse=False)
+        id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)
     }
     multiplied = {}
     for module in model.modules():
@@ -121,7 +118,7 @@ def lowering_name(spec: SiteSpec, device: torch.device, dtype: torch.dtype) -> s
     """In words, what runs a site on ``device`` for operands of ``dtype``."""
     if device.type not in ("cpu", "meta"):
         return f"none: kernels exist for CPU only so far, and the weights are on {device.type}"
-    mkl: bool = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
+    mkl: bool = torch.backends.mkl.is_available()
     blas = "MKL" if mkl else "the BLAS that torch was built with"
     gemms = f"GEMMs by {blas}"
     if dtype in (torch.bfloat16, torch.float16):
@@ -138,4 +135,4 @@ def lowering_name(spec: SiteSpec, device: torch.device, dtype: torch.dtype) -> s
 
 
 def _has_onednn() -> bool:
-    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+    return bool(torch.backends.mkldnn.is_available())

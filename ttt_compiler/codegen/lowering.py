@@ -34,7 +34,14 @@ _scan_fallback = fallback_handler(_scan_op, add_to_fallback_set=False)
 
 
 def chunk_scan_out(
-    h: Tensor, v: Tensor, w0: Tensor, *optional: Tensor, chunk: int, has_bias: bool, has_pos: bool, out: Tensor
+    h: Tensor,
+    v: Tensor,
+    w0: Tensor,
+    *optional: Tensor,
+    chunk: int,
+    has_bias: bool,
+    has_pos: bool,
+    out: Tensor,
 ) -> Tensor:
     """:func:`cpu_scan.chunk_scan` into ``out [B, T, D]``; optional inputs are those that exist, in order."""
     rest = list(optional)
@@ -46,7 +53,7 @@ def chunk_scan_out(
 _scan_kernel = ExternKernelChoice(chunk_scan_out, name="ttt_chunk_scan")
 
 
-@register_lowering(_scan_op, type_promotion_kind=None)  # type: ignore[untyped-decorator]
+@register_lowering(_scan_op, type_promotion_kind=None)
 def _lower_chunk_scan(h: Any, v: Any, w0: Any, bias: Any, pos: Any, chunk: int) -> Any:
     if h.get_device().type != "cpu":
         return _scan_fallback(h, v, w0, bias, pos, chunk)
@@ -60,7 +67,7 @@ def _lower_chunk_scan(h: Any, v: Any, w0: Any, bias: Any, pos: Any, chunk: int) 
     return choice.output_node()
 
 
-@register_lowering(_conv_op, type_promotion_kind=None)  # type: ignore[untyped-decorator]
+@register_lowering(_conv_op, type_promotion_kind=None)
 def _lower_chunk_conv(t: Any, conv: Any, pos: Any, chunk: int) -> Any:
     if pos is not None or t.get_device().type != "cpu":
         return _conv_fallback(t, conv, pos, chunk)

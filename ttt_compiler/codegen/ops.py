@@ -41,7 +41,13 @@ _lib.define(
     "str spec, Tensor(a!) w, Tensor(b!) tail_h, Tensor(c!) tail_t, Tensor(d!) counts) -> Tensor"
 )
 
-KERNEL_OPS = ("chunk_conv", "chunk_conv_dweight", "chunk_scan", "chunk_scan_backward", "fast_weight_step")
+KERNEL_OPS = (
+    "chunk_conv",
+    "chunk_conv_dweight",
+    "chunk_scan",
+    "chunk_scan_backward",
+    "fast_weight_step",
+)
 
 
 def _site(h: Tensor, spec: str, *_: object) -> Tensor:
@@ -53,8 +59,20 @@ def _site(h: Tensor, spec: str, *_: object) -> Tensor:
     )
 
 
-def _fast_weight_step(h: Tensor, t: Tensor, w0: Tensor, bias: Any, conv: Tensor, proj: Any, pos: Any,
-                      spec: str, w: Tensor, tail_h: Tensor, tail_t: Tensor, counts: Tensor) -> Tensor:
+def _fast_weight_step(
+    h: Tensor,
+    t: Tensor,
+    w0: Tensor,
+    bias: Any,
+    conv: Tensor,
+    proj: Any,
+    pos: Any,
+    spec: str,
+    w: Tensor,
+    tail_h: Tensor,
+    tail_t: Tensor,
+    counts: Tensor,
+) -> Tensor:
     return cpu_step.fast_weight_step(
         h, t, w0, bias, conv, proj, pos, SiteSpec.decode(spec), w, tail_h, tail_t, counts
     )

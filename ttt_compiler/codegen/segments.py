@@ -49,8 +49,7 @@ def _runs(pos: Tensor, length: int) -> list[Run]:
     bounds = [*torch.nonzero(starts).flatten().tolist(), length]
     head = pos[torch.tensor(bounds[:-1])].tolist()
     return [
-        Run(s, e, fresh=p == 0, padding=p < 0)
-        for s, e, p in zip(bounds[:-1], bounds[1:], head, strict=True)
+        Run(s, e, fresh=p == 0, padding=p < 0) for s, e, p in zip(bounds[:-1], bounds[1:], head, strict=True)
     ]
 
 

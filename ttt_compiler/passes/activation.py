@@ -38,9 +38,7 @@ class Activation:
 _Branch = tuple[fx.Node, fx.Node | None]  # a projection, and which part of a split one
 
 
-def find_activation(
-    view: GraphView, region: _Region, operand: fx.Node, d_ff: int
-) -> Activation | None:
+def find_activation(view: GraphView, region: _Region, operand: fx.Node, d_ff: int) -> Activation | None:
     """Return the nonlinearity on the full-width paths of a region, None when there is none."""
     branches = _branches(view, region)
     wide = _full_width(view, region, operand, d_ff)

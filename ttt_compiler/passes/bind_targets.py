@@ -40,7 +40,8 @@ def _embedding(
     found = token_embeddings(state.gm)
     if len(found) != 1:
         raise GraphRewriteError(
-            f'{site.spec.key}: target="input_embed" needs the token embeddings in the same graph, and this graph '
+            f'{site.spec.key}: target="input_embed" needs the token embeddings in the same graph, and '
+            "this graph "
             f"has {len(found)} embedding look-ups of input ids. Pass input_ids (not inputs_embeds), compile "
             'the whole model in one graph (fullgraph=True), or use target="hidden_states"'
         )
@@ -66,7 +67,8 @@ def _lift(top: fx.GraphModule, body: fx.GraphModule, value: fx.Node, key: str) -
     ]
     if len(callers) != 1 or getattr(callers[0].target, "__name__", "") != "tag_activation_checkpoint":
         raise GraphRewriteError(
-            f'{key}: target="input_embed" cannot reach into this nested region. Use target="hidden_states", or '
+            f'{key}: target="input_embed" cannot reach into this nested region. Use '
+            'target="hidden_states", or '
             "turn off the feature that nests the layers"
         )
     caller = callers[0]

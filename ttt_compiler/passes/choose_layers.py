@@ -38,7 +38,9 @@ def choose_layers(config: TTTConfig, keys: Sequence[str]) -> tuple[str, ...]:
     if config.layers == "all":
         chosen = set(keys)
     elif every is not None:
-        chosen = {k for k, b in zip(keys, blocks, strict=True) if b >= every[1] and (b - every[1]) % every[0] == 0}
+        chosen = {
+            k for k, b in zip(keys, blocks, strict=True) if b >= every[1] and (b - every[1]) % every[0] == 0
+        }
     else:
         chosen = set()
         for selector in config.layers:
@@ -53,7 +55,8 @@ def choose_layers(config: TTTConfig, keys: Sequence[str]) -> tuple[str, ...]:
             chosen |= hits
     if not chosen:
         raise LayerSelectionError(
-            f"layers={config.layers!r} selects none of the {len(keys)} MLPs; blocks with an MLP: {_ranges(blocks)}"
+            f"layers={config.layers!r} selects none of the {len(keys)} MLPs; blocks with an MLP: "
+            f"{_ranges(blocks)}"
         )
     return tuple(k for k in keys if k in chosen)
 

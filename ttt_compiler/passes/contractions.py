@@ -86,9 +86,7 @@ def _operands(view: GraphView, node: fx.Node) -> _Operands | None:
         second = _argument(node, 1, "other", "mat2", "weight", "vec", "mat_b")
     if not isinstance(first, fx.Node) or not isinstance(second, fx.Node):
         return None
-    return _Operands(
-        first, second, bias if isinstance(bias, fx.Node) else None, in_first=name != "linear"
-    )
+    return _Operands(first, second, bias if isinstance(bias, fx.Node) else None, in_first=name != "linear")
 
 
 def _weight_root(view: GraphView, operand: fx.Node) -> tuple[fx.Node | None, bool]:

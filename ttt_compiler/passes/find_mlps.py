@@ -140,9 +140,7 @@ class _Finder:
             elif outcome is not None:
                 self.rejections.append(Rejection(node, contractions[node].weight, outcome))
 
-    def _judge(
-        self, contractions: Mapping[fx.Node, Contraction], down: Contraction
-    ) -> _Candidate | str:
+    def _judge(self, contractions: Mapping[fx.Node, Contraction], down: Contraction) -> _Candidate | str:
         cone = trace_mlp(self.view, contractions, down)
         if isinstance(cone, str):
             return cone

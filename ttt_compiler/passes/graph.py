@@ -129,9 +129,7 @@ def _may_hold_tensor(value: object) -> bool:
         return True
     if isinstance(value, (list, tuple)):
         return any(_may_hold_tensor(v) and v is not None for v in value)
-    return not isinstance(
-        value, (int, float, str, torch.SymInt, torch.SymFloat, torch.SymBool, torch.dtype)
-    )
+    return not isinstance(value, (int, float, str, torch.SymInt, torch.SymFloat, torch.SymBool, torch.dtype))
 
 
 def _written_operands(node: fx.Node, operands: list[fx.Node]) -> list[fx.Node]:

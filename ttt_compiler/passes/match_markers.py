@@ -71,7 +71,9 @@ def _explain(state: PassState, marker: fx.Node, spec: SiteSpec) -> str:
             break
     why = f" ({reasons[0]})" if reasons else ""
     return (
-        f"{spec.key}: in this graph its input is not recognised as an MLP's hidden activation{why}. The graph "
-        "may be cut by a graph break inside of the MLP: compile with fullgraph=True to see where. To leave this "
+        f"{spec.key}: in this graph its input is not recognised as an MLP's hidden activation{why}. "
+        "The graph "
+        "may be cut by a graph break inside of the MLP: compile with fullgraph=True to see where. To "
+        "leave this "
         "block out, pass layers=[...] without it"
     )

@@ -140,9 +140,7 @@ def strip_layout(view: GraphView, node: fx.Node, width: int | None) -> tuple[fx.
             best, routed = node, selected
 
 
-def _collect(
-    view: GraphView, contractions: Contractions, operand: fx.Node, d_ff: int
-) -> Region | str:
+def _collect(view: GraphView, contractions: Contractions, operand: fx.Node, d_ff: int) -> Region | str:
     """Walk back from ``operand``, latest node first.
 
     That order meets an up-projection before its own input, so ``act(W x) * x`` stops at x.
@@ -226,9 +224,7 @@ def _feature_sources(view: GraphView, node: fx.Node, d_ff: int) -> list[fx.Node]
     return inputs
 
 
-def _common_input(
-    view: GraphView, contractions: Contractions, nodes: tuple[fx.Node, ...]
-) -> list[Up] | str:
+def _common_input(view: GraphView, contractions: Contractions, nodes: tuple[fx.Node, ...]) -> list[Up] | str:
     """Describe the up-projections; all of them must read one value.
 
     A low-rank pair ``B(A(x))`` beside an up-projection is taken as one projection of x.
@@ -250,9 +246,7 @@ def _common_input(
     return ups
 
 
-def _linear_source(
-    view: GraphView, contractions: Contractions, node: fx.Node
-) -> Contraction | None:
+def _linear_source(view: GraphView, contractions: Contractions, node: fx.Node) -> Contraction | None:
     """Return the contraction that ``node`` is a scaled view of, if it is one."""
     while node not in contractions:
         inputs = view.data_inputs(node)

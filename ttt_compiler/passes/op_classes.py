@@ -108,9 +108,7 @@ _TABLE: dict[OpClass, frozenset[str]] = {
         """to float half bfloat16 double int long bool type type_as _to_copy cpu cuda
         convert_element_type _to_dtype"""
     ),
-    OpClass.DROPOUT: _names(
-        "dropout native_dropout alpha_dropout feature_dropout feature_alpha_dropout"
-    ),
+    OpClass.DROPOUT: _names("dropout native_dropout alpha_dropout feature_dropout feature_alpha_dropout"),
     OpClass.NORM: _names(
         """layer_norm rms_norm native_layer_norm group_norm native_group_norm normalize batch_norm
         _fused_rms_norm instance_norm"""
@@ -152,8 +150,7 @@ SELECTING = _names(
 COPYING = _names("clone contiguous repeat lift_fresh")
 
 _IN_PLACE_OPERATORS = frozenset(
-    getattr(operator, name)
-    for name in _names("iadd isub imul itruediv ifloordiv ipow imatmul iand ior ixor")
+    getattr(operator, name) for name in _names("iadd isub imul itruediv ifloordiv ipow imatmul iand ior ixor")
 )
 
 
@@ -220,7 +217,7 @@ def _tagged_pointwise(name: str) -> bool:
     packet = getattr(torch.ops.aten, name, None)
     if not isinstance(packet, torch._ops.OpOverloadPacket):
         return False
-    return any(torch.Tag.pointwise in getattr(packet, o).tags for o in packet.overloads())  # type: ignore[no-untyped-call]
+    return any(torch.Tag.pointwise in getattr(packet, o).tags for o in packet.overloads())
 
 
 @functools.cache

@@ -45,7 +45,8 @@ def _rewrite(site: BoundSite) -> fx.Node:
     value = meta_tensor(h)
     if value is None or value.dim() != 3:
         raise GraphRewriteError(
-            f"{spec.key}: its input has {'no known' if value is None else value.dim()} dimensions; fast weights "
+            f"{spec.key}: its input has {'no known' if value is None else value.dim()} dimensions; "
+            "fast weights "
             "need [batch, tokens, width]. Leave the block out with layers=[...]"
         )
     out = meta_tensor(contraction)
@@ -53,10 +54,9 @@ def _rewrite(site: BoundSite) -> fx.Node:
     with graph.inserting_before(contraction):
         b = _Builder(graph, out.dtype)
         t = _sequence_shaped(b, site.target, h)
-        w0 = b.cast(mlp.weight)
-        if mlp.transposed:
-            w0 = b.method("t", w0)
-        h, t, bias, conv, proj = (b.cast(x) for x in (h, t, mlp.bias, conv, proj))
+        w0 = b.method("t", mlp.weight) if mlp.transposed else mlp.weight
+        h, t, w0 = b.cast(h), b.cast(t), b.cast(w0)
+        bias, conv, proj = (None if x is None else b.cast(x) for x in (mlp.bias, conv, proj))
         if state[0] is None:
             v = b.call(torch.ops.ttt.chunk_conv.default, t, conv, pos, spec.chunk)
             if proj is None:
@@ -66,7 +66,16 @@ def _rewrite(site: BoundSite) -> fx.Node:
             fast = b.call(torch.ops.ttt.chunk_scan.default, h, v, w0, bias, pos, spec.chunk)
         else:
             fast = b.call(
-                torch.ops.ttt.fast_weight_step.default, h, t, w0, bias, conv, proj, pos, spec.encode(), *state
+                torch.ops.ttt.fast_weight_step.default,
+                h,
+                t,
+                w0,
+                bias,
+                conv,
+                proj,
+                pos,
+                spec.encode(),
+                *state,
             )
         y = fast if out.dim() == 3 else b.method("reshape", fast, -1, spec.d_model)
     y.meta = dict(contraction.meta)
@@ -116,9 +125,8 @@ class _Builder:
     def method(self, name: str, *args: object) -> fx.Node:
         return self.graph.call_method(name, args)  # type: ignore[arg-type]
 
-    def cast(self, node: object) -> object:
-        if not isinstance(node, fx.Node):
-            return node
+    def cast(self, node: object) -> fx.Node:
+        assert isinstance(node, fx.Node)
         value = meta_tensor(node)
         if value is None or value.dtype == self.dtype:
             return node

@@ -25,7 +25,9 @@ class Verify(GraphPass):
             gm.graph.lint()
             left = markers(gm)
             if left:
-                raise GraphRewriteError(f"{left[0].args[1]}: a marker was not rewritten; please report the model")
+                raise GraphRewriteError(
+                    f"{left[0].args[1]}: a marker was not rewritten; please report the model"
+                )
             alive |= set(gm.graph.nodes)
         lost = [n.name for n in state.fast_nodes if n not in alive or not n.users]
         if lost or len(state.fast_nodes) != len(state.sites):

@@ -61,7 +61,7 @@ def attach_state(cache: Any, state: FastWeightState) -> Any:
     """Make ``cache`` (empty, or holding the tokens that ``state`` has seen) carry ``state``; returns it."""
     if not is_carrier(cache):
         try:
-            cache.__class__ = carrier_class(type(cache))
+            cache.__class__ = carrier_class(type(cache))  # type: ignore[arg-type]
         except TypeError as e:
             raise CacheError(
                 f"a cache of type {type(cache).__name__} cannot carry fast weights ({e}). Use a transformers "

@@ -115,5 +115,6 @@ def expect_tensors(
         x = tensors[name]
         if tuple(x.shape) != shape or x.dtype != dtype:
             raise error(
-                f"{where}: {name} is {tuple(x.shape)} {x.dtype}, expected {shape} {dtype}; nothing was changed"
+                f"{where}: {name} is {tuple(x.shape)} {x.dtype}, expected {shape} {dtype}; nothing "
+                "was changed"
             )

@@ -74,9 +74,18 @@ class Root:
 
         Raises:
             CacheError: the cache holds tokens whose fast weights are unknown, or of another batch.
+            PositionError: positions of another shape than ``[batch, tokens]``.
         """
-        if not self.context.enabled or kwargs.get(STATE_ARGUMENT) is not None:
-            return kwargs, kwargs.get(STATE_ARGUMENT) is not None
+        if not self.context.enabled:
+            return kwargs, False
+        pos = self.argument("position_ids", args, kwargs)
+        if pos is not None and pos.dim() not in (1, 2):
+            raise PositionError(
+                f"position_ids of {pos.dim()} dimensions do not say where documents start. Pass them "
+                "as [batch, tokens]"
+            )
+        if kwargs.get(STATE_ARGUMENT) is not None:
+            return kwargs, True
         cache = self.argument("past_key_values", args, kwargs)
         if cache is None:
             if self.make_cache is None or self.argument("use_cache", args, kwargs) is not True:
@@ -85,18 +94,37 @@ class Root:
             kwargs = {**kwargs, "past_key_values": cache}
         tokens = self._tokens(args, kwargs)
         if tokens is None:
-            raise CacheError("pass input_ids or inputs_embeds by name: the batch size of a cached call is unknown")
+            raise CacheError(
+                "pass input_ids or inputs_embeds by name: the batch size of a cached call is unknown"
+            )
         if is_carrier(cache):
             check_fits(cache.ttt, self.specs, tokens.shape[0])
         elif cache.get_seq_length() > 0:
             raise CacheError(
-                f"this cache holds {cache.get_seq_length()} tokens but no fast weights: it was made before the model "
+                f"this cache holds {cache.get_seq_length()} tokens but no fast weights: it was made "
+                "before the model "
                 "was converted, or by a call without use_cache=True. Start over with an empty cache: "
                 "model(..., use_cache=True), model.generate(...), or ttt.Session(model)"
             )
         else:
             attach_state(cache, self.new_state(model, tokens.shape[0]))
         return kwargs, True
+
+    def kind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[object, ...]:
+        """What a call looks like apart from its sizes; calls of one kind share compiled code."""
+        cache, tokens = self.argument("past_key_values", args, kwargs), self._tokens(args, kwargs)
+        given = frozenset(name for name, value in kwargs.items() if value is not None)
+        fresh = cache is not None and cache.get_seq_length() == 0
+        one = tokens is not None and tokens.shape[1] == 1
+        return (
+            self.context.enabled,
+            torch.is_grad_enabled(),
+            given,
+            len(args),
+            type(cache),
+            fresh,
+            one,
+        )
 
     def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Captured with the model: set the call's state and positions for its sites."""
@@ -120,20 +148,16 @@ class Root:
         return args[slot] if slot is not None and slot < len(args) else None
 
     def _tokens(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-        ids = self.argument("input_ids", args, kwargs)
+        ids: Tensor | None = self.argument("input_ids", args, kwargs)
         return ids if ids is not None else self.argument("inputs_embeds", args, kwargs)
 
     def _positions(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], state: FastWeightState | None
     ) -> Tensor | None:
-        pos = self.argument("position_ids", args, kwargs)
+        pos: Tensor | None = self.argument("position_ids", args, kwargs)
         mask = self.argument("attention_mask", args, kwargs)
         if pos is not None and pos.dim() == 1:
             pos = pos[None]
-        if pos is not None and pos.dim() != 2:
-            raise PositionError(
-                f"position_ids of {pos.dim()} dimensions do not say where documents start. Pass them as [batch, tokens]"
-            )
         if not isinstance(mask, Tensor) or mask.dim() != 2:
             return pos
         tokens = self._tokens(args, kwargs)
@@ -167,7 +191,8 @@ def require_root(model: nn.Module) -> tuple[nn.Module, Root]:
     module, root = find_root(model)
     if root is None:
         raise NotConvertedError(
-            f"{type(module).__name__} carries no fast weights. Type ttt.convert(model, ttt.TTTConfig(...)), or "
+            f"{type(module).__name__} carries no fast weights. Type ttt.convert(model, "
+            "ttt.TTTConfig(...)), or "
             'call the model once after torch.compile(model, backend="inplace_ttt")'
         )
     return module, root

@@ -65,12 +65,16 @@ def site_class(base: type[nn.Module]) -> type[nn.Module]:
 
 
 def attach(
-    module: nn.Module, spec: SiteSpec, conv: nn.Parameter, proj: nn.Parameter | None, context: CallContext
+    module: nn.Module,
+    spec: SiteSpec,
+    conv: nn.Parameter,
+    proj: nn.Parameter | None,
+    context: CallContext,
 ) -> None:
     """Turn ``module`` into a fast-weight site with parameters ``ttt_conv`` and ``ttt_proj``."""
     module.register_parameter(CONV, conv)
     module.register_parameter(PROJ, proj)
-    module.__class__ = site_class(type(module))
+    module.__class__ = site_class(type(module))  # type: ignore[arg-type]
     module._ttt_spec = spec  # type: ignore[assignment]
     module._ttt_constants = spec.encode()  # type: ignore[assignment]
     module._ttt_context = context  # type: ignore[assignment]

@@ -80,7 +80,8 @@ def plain_layers(cache: Any, error: type[TTTError]) -> list[Any]:
     for layer in layers:
         if type(layer).__name__ != "DynamicLayer":
             raise error(
-                f"cache layers of type {type(layer).__name__} are not supported here yet; use a DynamicCache of a "
+                f"cache layers of type {type(layer).__name__} are not supported here yet; use a "
+                "DynamicCache of a "
                 "model with full attention"
             )
     return layers
@@ -91,7 +92,8 @@ def _check_header(header: dict[str, Any], path: object, model: nn.Module, root: 
         raise SnapshotError(f"{path}: is no saved session; nothing was changed")
     if header.get("version") != VERSION:
         raise SnapshotError(
-            f"{path}: has version {header.get('version')!r}, this ttt_compiler reads version {VERSION}; nothing was changed"
+            f"{path}: has version {header.get('version')!r}, this ttt_compiler reads version "
+            f"{VERSION}; nothing was changed"
         )
     if header.get("sites") != [s.encode() for s in root.specs]:
         raise SnapshotError(f"{path}: was saved under another fast-weight configuration; nothing was changed")
@@ -114,9 +116,13 @@ def _layers(tensors: dict[str, Tensor], path: object, batch: int) -> dict[int, t
             raise SnapshotError(f"{path}: unexpected tensor {name!r}; nothing was changed")
         keys, values = (tensors.get(f"cache.{index}.{p}") for p in ("keys", "values"))
         if keys is None or values is None or keys.dim() != 4 or keys.shape[:3] != values.shape[:3]:
-            raise SnapshotError(f"{path}: keys and values of layer {index} do not fit together; nothing was changed")
+            raise SnapshotError(
+                f"{path}: keys and values of layer {index} do not fit together; nothing was changed"
+            )
         if keys.shape[0] != batch:
-            raise SnapshotError(f"{path}: layer {index} has {keys.shape[0]} rows, expected {batch}; nothing was changed")
+            raise SnapshotError(
+                f"{path}: layer {index} has {keys.shape[0]} rows, expected {batch}; nothing was changed"
+            )
         layers[int(index)] = (keys, values)
     return layers
 

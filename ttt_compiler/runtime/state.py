@@ -122,8 +122,10 @@ class FastWeightState:
             room = counts[:, SEEN] % spec.chunk
             if bool((room < tokens).any()):
                 raise CropError(
-                    f"cannot take back {tokens} tokens of {spec.key}: only {room.min().item()} stand after the "
-                    "last written chunk. Fork or save the session before tokens that may be rejected, or use a "
+                    f"cannot take back {tokens} tokens of {spec.key}: only {room.min().item()} stand "
+                    "after the "
+                    "last written chunk. Fork or save the session before tokens that may be "
+                    "rejected, or use a "
                     "larger chunk_size"
                 )
         for site in self.sites.values():
@@ -151,9 +153,7 @@ class FastWeightState:
 def bytes_per_sequence(specs: Sequence[SiteSpec], dtype: torch.dtype) -> int:
     """Bytes that one sequence's state takes, known before anything is allocated."""
     acc, element = state_dtype(dtype).itemsize, dtype.itemsize
-    return sum(
-        s.d_model * s.d_ff * acc + s.chunk * (s.d_ff + s.d_target) * element + 2 * 8 for s in specs
-    )
+    return sum(s.d_model * s.d_ff * acc + s.chunk * (s.d_ff + s.d_target) * element + 2 * 8 for s in specs)
 
 
 def check_fits(state: FastWeightState, specs: Sequence[SiteSpec], batch: int) -> None:

@@ -59,9 +59,7 @@ def _overlaps(length: int, kernel: int) -> Iterator[tuple[slice, slice]]:
         yield slice(to, to + size), slice(frm, frm + size)
 
 
-def _chunk_views(
-    pos: Tensor | None, chunk: int, *tensors: Tensor
-) -> Iterator[tuple[Tensor, ...]]:
+def _chunk_views(pos: Tensor | None, chunk: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Views ``[N, n, C, X]`` of whole chunks and ``[N, r, X]`` of remainders, document by document."""
     batch, length = tensors[0].shape[:2]
     if pos is None:

@@ -67,9 +67,7 @@ def apply(h: Tensor, w: Tensor, bias: Tensor | None, out: Tensor) -> None:
         torch.addmm(bias, h, w.t(), out=out)
 
 
-def static_apply(
-    h: Tensor, w0: Tensor, bias: Tensor | None, *, out: Tensor | None = None
-) -> Tensor:
+def static_apply(h: Tensor, w0: Tensor, bias: Tensor | None, *, out: Tensor | None = None) -> Tensor:
     """The base model's own projection, by the very call that Inductor emits for it.
 
     Same library, same shape ``[B*T, F]``, same strides: the result is the base model's bit for bit.

@@ -14,6 +14,7 @@ from torch import Tensor
 from ttt_compiler.codegen.cpu.gemm import FastMatrix, state_dtype, static_apply, workspace
 from ttt_compiler.codegen.segments import Run, documents, row_runs
 
+
 def chunk_scan(
     h: Tensor,
     v: Tensor,
@@ -79,9 +80,7 @@ def chunk_scan_backward(
                 torch.mm(dy[b, rows], w0, out=dh[b, rows])
                 dw0 += torch.mm(dy[b, rows].t(), h[b, rows])
         for doc in documents(runs):
-            spans = [
-                slice(i, min(i + chunk, doc.stop)) for i in range(doc.start, doc.stop, chunk)
-            ]
+            spans = [slice(i, min(i + chunk, doc.stop)) for i in range(doc.start, doc.stop, chunk)]
             w.reset()
             for span in spans:
                 w.apply_transposed(dy[b, span], dh[b, span])

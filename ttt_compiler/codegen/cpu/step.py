@@ -61,7 +61,8 @@ def fast_weight_step(
     runs = row_runs(pos, batch, length)
     starts = [any(run.fresh for run in row) for row in runs]
     if all(row[WRITES] == 0 or (length == 1 and fresh) for row, fresh in zip(rows, starts, strict=True)) and (
-        still or all(_stays_in_chunk(row[SEEN], length, spec.chunk, r) for row, r in zip(rows, runs, strict=True))
+        still
+        or all(_stays_in_chunk(row[SEEN], length, spec.chunk, r) for row, r in zip(rows, runs, strict=True))
     ):
         # Nothing is, or will be, in any state that this call reads: the base model's own projection.
         y = static_apply(h, w0, bias)
@@ -149,7 +150,8 @@ class _Row:
         # A finite norm proves that every entry is finite, in one pass and without a temporary.
         if not (torch.linalg.vector_norm(v).isfinite() and torch.linalg.vector_norm(h).isfinite()):
             raise NonFiniteWriteError(
-                f"{self.spec.key}: chunk {self.counts[SEEN] // self.spec.chunk} would write NaN or Inf into the "
+                f"{self.spec.key}: chunk {self.counts[SEEN] // self.spec.chunk} would write NaN or "
+                "Inf into the "
                 "fast weights. The write was not made, but this call is lost: restore the session from a "
                 "snapshot or reset() it, and lower lr or check the adapter"
             )
