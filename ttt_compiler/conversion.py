@@ -184,7 +184,10 @@ def why_not(model: nn.Module, config: TTTConfig, mlp: FoundMLP, found: Discovery
             "In-Place TTT needs a causal decoder"
         )
     if mlp.uses > 1:
-        return f"its weight is shared by {mlp.uses} places of the model; one state per place is not supported yet"
+        return (
+            f"its weight is shared by {mlp.uses} places of the model; one state per place is not "
+            "supported yet"
+        )
     if mlp.weight.startswith("<"):
         return "its weight is not a parameter of the model"
     owner = model.get_submodule(mlp.weight.rpartition(".")[0])
@@ -198,7 +201,10 @@ def why_not(model: nn.Module, config: TTTConfig, mlp: FoundMLP, found: Discovery
         if found.embed_width is None:
             return 'target="input_embed" needs one token-embedding look-up, and the model has none or several'
         if not config.proj and found.embed_width != mlp.d_model:
-            return f"embeddings are {found.embed_width} wide, the output {mlp.d_model}: proj=False cannot bridge that"
+            return (
+                f"embeddings are {found.embed_width} wide, the output {mlp.d_model}: proj=False cannot "
+                "bridge that"
+            )
     return None
 
 

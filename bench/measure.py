@@ -1,0 +1,64 @@
+"""Paired timing: competitors in one process, interleaved, medians and ratios.
+
+Every callable runs once per round, in rotated order; a ratio is taken within its round, so that a busy
+machine disturbs both sides alike.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median seconds, and the ratio to the first competitor: median and quartiles over rounds."""
+
+    seconds: float
+    ratio: float
+    low: float
+    high: float
+
+
+def paired(competitors: dict[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
+    """Time all competitors; the first is the base of the ratios."""
+    names = list(competitors)
+    for name in names:
+        competitors[name]()
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    gc.disable()
+    try:
+        for r in range(rounds):
+            for name in names[r % len(names) :] + names[: r % len(names)]:
+                start = time.perf_counter()
+                competitors[name]()
+                seconds[name].append(time.perf_counter() - start)
+    finally:
+        gc.enable()
+    out = {}
+    for name in names:
+        ratios = sorted(a / b for a, b in zip(seconds[name], seconds[names[0]], strict=True))
+        low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        out[name] = Timing(statistics.median(seconds[name]), statistics.median(ratios), low, high)
+    return out
+
+
+def peak_bytes(fn: Callable[[], object]) -> int:
+    """Largest number of bytes that torch's allocator held above the start, exact, from the profiler."""
+    fn()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as p:
+        fn()
+    live = peak = 0
+    for event in sorted(_memory_events(p), key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+def _memory_events(profile: torch.profiler.profile) -> list:
+    return [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
