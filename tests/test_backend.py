@@ -9,7 +9,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import ttt_compiler as ttt
 from tests import models
-from tests.tolerances import FP64, SEGMENTATION, relative_error
+from tests.tolerances import AUTOCAST, FP64, SEGMENTATION, assert_within_budget, relative_error
 from ttt_compiler import backend, compat
 from ttt_compiler.errors import (
     AlreadyConvertedError,
@@ -62,6 +62,36 @@ def test_compiled_equals_the_oracle(family, target):
         assert relative_error(out, expected) < (FP64 if family == "gpt2" else SEGMENTATION)
         with ttt.disabled(model):
             assert relative_error(model(tokens, use_cache=False).logits, expected) > 1e-3
+
+
+def test_bfloat16_model_within_budget():
+    """Law 7 on a whole model: stateless, streamed, generated."""
+    tokens = models.ids(2, 23)
+    model = models.converted().bfloat16()
+    model.compile(backend="inplace_ttt", dynamic=True, fullgraph=True)
+    with torch.no_grad():
+        exact = models.oracle(models.converted().double(), tokens)
+        plain = models.oracle(model, tokens)
+        assert_within_budget(model(tokens, use_cache=False).logits, plain, exact)
+        session = ttt.Session(model, batch_size=2)
+        parts = [model(x, past_key_values=session.cache).logits for x in tokens.split([9, 1, 13], 1)]
+        assert_within_budget(torch.cat(parts, 1), plain, exact)
+    assert all(s.w.dtype == torch.float32 for s in session.state.sites.values())
+
+
+def test_autocast_trains():
+    tokens = models.ids(2, 23)
+    grads = []
+    for autocast in (False, True):
+        model = models.converted().train()
+        model.compile(backend="inplace_ttt")
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
+        grads.append({n: p.grad for n, p in model.named_parameters()})
+    for name, grad in grads[0].items():
+        assert grads[1][name].dtype == torch.float32
+        assert relative_error(grads[1][name], grad) < AUTOCAST, name
 
 
 def test_dynamic_shapes_use_one_graph(compiles):

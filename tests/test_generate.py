@@ -132,6 +132,12 @@ class TestRefusals:
         with pytest.raises(CacheError, match="holds 5 tokens but no fast weights"):
             model(models.ids(1, 1), past_key_values=cache)
 
+    def test_a_cache_with_fast_weights_inside_of_disabled(self, model):
+        session = ttt.Session(model)
+        with ttt.disabled(model), pytest.raises(CacheError, match="DynamicCache"):
+            model(models.ids(1, 5), past_key_values=session.cache)
+        assert session.cache.get_seq_length() == 0
+
     def test_a_cache_of_another_configuration(self, model):
         other = ttt.Session(models.converted(chunk_size=8)).cache
         with pytest.raises(CacheError, match="another model or configuration"):

@@ -76,7 +76,13 @@ class Root:
             CacheError: the cache holds tokens whose fast weights are unknown, or of another batch.
             PositionError: positions of another shape than ``[batch, tokens]``.
         """
+        cache = self.argument("past_key_values", args, kwargs)
         if not self.context.enabled:
+            if is_carrier(cache):
+                raise CacheError(
+                    "this cache carries fast weights, which would miss the tokens of a disabled call. Inside of "
+                    "ttt.disabled(model) use a cache of its own: transformers.DynamicCache()"
+                )
             return kwargs, False
         pos = self.argument("position_ids", args, kwargs)
         if pos is not None and pos.dim() not in (1, 2):
@@ -86,7 +92,6 @@ class Root:
             )
         if kwargs.get(STATE_ARGUMENT) is not None:
             return kwargs, True
-        cache = self.argument("past_key_values", args, kwargs)
         if cache is None:
             if self.make_cache is None or self.argument("use_cache", args, kwargs) is not True:
                 return kwargs, False
