@@ -19,7 +19,7 @@ from ttt_compiler.codegen import reference
 from ttt_compiler.config import TTTConfig
 from ttt_compiler.conversion import convert
 from ttt_compiler.runtime.root import require_root
-from ttt_compiler.runtime.site import CONV, PROJ
+from ttt_compiler.spec import CONV, PROJ
 
 VOCAB = 97
 
@@ -87,7 +87,7 @@ def eager_copy(model: nn.Module, pos: Tensor | None) -> nn.Module:
     embeds: list[Tensor] = []
     model.get_input_embeddings().register_forward_hook(lambda m, a, out: embeds.append(out))
     for spec in root.specs:
-        owner = root.owners[spec.key]
+        owner = spec.key.rpartition(".")[0]
         site = model.get_submodule(owner)
         parent = model.get_submodule(owner.rpartition(".")[0])
         parent.register_forward_pre_hook(lambda m, a, key=spec.key: mlp_input.__setitem__(key, a[0]))

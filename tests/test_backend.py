@@ -13,6 +13,7 @@ from tests.tolerances import AUTOCAST, FP64, SEGMENTATION, assert_within_budget,
 from ttt_compiler import backend, compat
 from ttt_compiler.errors import (
     AlreadyConvertedError,
+    CacheError,
     ConfigError,
     GraphRewriteError,
     NotCompiledError,
@@ -302,3 +303,140 @@ class TestCaches:
         names = [str(n.target) for n in seen[0].gm.graph.nodes]
         assert names.count("ttt.chunk_scan.default") == 2
         assert not any("site" in n for n in names)
+
+
+class TestDoors:
+    """Every way to compile a model either runs fast weights or says why not."""
+
+    def test_a_compiled_forward_carries_state(self):
+        tokens = models.ids(2, 11)
+        for assign in (False, True):
+            model = models.tiny()
+            call = torch.compile(model.forward, backend="inplace_ttt", options=OPTIONS)
+            if assign:
+                model.forward = call
+                call = model
+            with torch.no_grad():
+                call(tokens)
+                models.randomize(model)
+                cache = call(tokens[:, :6], use_cache=True).past_key_values
+                out = call(tokens[:, 6:], past_key_values=cache).logits
+                assert cache.ttt.tokens_seen == [11, 11]
+                assert relative_error(out, models.oracle(model, tokens)[:, 6:]) < SEGMENTATION
+
+    def test_other_methods_are_plain_functions(self):
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.model = models.converted()
+
+            def step(self, batch):
+                return self.model(batch["ids"], use_cache=False).logits
+
+        net, tokens = Net(), models.ids(2, 9)
+        with torch.no_grad():
+            out = torch.compile(net.step, backend="inplace_ttt")({"ids": tokens})
+        assert relative_error(out, models.oracle(net.model, tokens)) < SEGMENTATION
+
+    def test_a_part_called_by_itself_refuses_state(self):
+        model = models.converted()
+        model.model.compile(backend="inplace_ttt")
+        with pytest.raises(CacheError, match="part of a converted model"):
+            model.model(models.ids(1, 5), use_cache=True)
+        model.model(models.ids(1, 5), use_cache=False)
+
+    def test_blocks_that_were_not_chosen_stay_as_they_are(self):
+        model = models.converted(layers=[1])
+        names = [n for n, _ in model.named_parameters()]
+        for layer in model.model.layers:
+            layer.compile(backend="inplace_ttt")
+        tokens = models.ids(2, 9)
+        with torch.no_grad():
+            out = model(tokens, use_cache=False).logits
+        assert [n for n, _ in model.named_parameters()] == names
+        assert relative_error(out, models.oracle(model, tokens)) < SEGMENTATION
+
+    def test_regional_compilation_carries_state_and_records_no_graph(self):
+        model = models.converted()
+        for layer in model.model.layers:
+            layer.compile(backend="inplace_ttt")
+        tokens = models.ids(1, 11)
+        session = ttt.Session(model)
+        parts = [model(x, past_key_values=session.cache).logits for x in tokens.split([6, 5], 1)]
+        assert not parts[0].requires_grad
+        assert relative_error(torch.cat(parts, 1), models.oracle(model, tokens)) < SEGMENTATION
+        handle = model.model.norm.register_forward_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(tokens, past_key_values=session.cache)
+        handle.remove()
+        assert model._ttt_root.context.state is None
+
+    def test_a_reverted_model_is_not_converted_again_by_its_wrapper(self):
+        model = models.tiny()
+        compiled = torch.compile(model, backend="inplace_ttt", options=OPTIONS)
+        tokens = models.ids(1, 5)
+        compiled(tokens, use_cache=False)
+        expected = models.tiny()(tokens).logits
+        ttt.revert(model)
+        with pytest.raises(NotConvertedError, match="reverted"):
+            compiled(tokens)
+        assert torch.equal(model(tokens).logits, expected)
+
+    def test_hooks_see_the_arguments_as_they_were_passed(self):
+        model = models.converted()
+        seen = []
+        model.register_forward_pre_hook(lambda m, args: seen.append(len(args)))
+        model.compile(backend="inplace_ttt")
+        with torch.no_grad():
+            model(models.ids(1, 5), use_cache=False)
+        assert seen == [1]
+
+    def test_compiling_twice_and_options_on_a_function(self):
+        inner = torch.compile(models.converted(), backend="inplace_ttt")
+        tokens = models.ids(1, 5)
+        with torch.no_grad():
+            out = torch.compile(inner, backend="inplace_ttt")(tokens, use_cache=False).logits
+        assert relative_error(out, models.oracle(inner._orig_mod, tokens)) < SEGMENTATION
+        with pytest.raises(ConfigError, match="unknown option"):
+            torch.compile(lambda x: x, backend="inplace_ttt", options={"chunk": 4})
+
+
+class TestStateBelongsToItsWeights:
+    @pytest.fixture(scope="class")
+    def model(self):
+        model = models.converted()
+        model.compile(backend="inplace_ttt", dynamic=True)
+        return model
+
+    def test_a_state_of_another_model_of_the_same_shape(self, model):
+        session = ttt.Session(model)
+        model(models.ids(1, 6), past_key_values=session.cache)
+        other = models.converted()
+        other.compile(backend="inplace_ttt", dynamic=True)
+        with pytest.raises(CacheError, match="belongs to another model"):
+            other(models.ids(1, 6), past_key_values=session.cache)
+        assert session.tokens_seen == [6]
+
+    def test_weights_trained_under_a_running_session(self, model):
+        session = ttt.Session(model)
+        model(models.ids(1, 6), past_key_values=session.cache)
+        with torch.no_grad():
+            model.model.layers[0].mlp.down_proj.weight.mul_(1.01)
+        with pytest.raises(CacheError, match="trained or loaded since"):
+            model(models.ids(1, 6), past_key_values=session.cache)
+        session.reset()
+        tokens = models.ids(1, 6)
+        out = model(tokens, past_key_values=session.cache).logits
+        assert relative_error(out, models.oracle(model, tokens)) < SEGMENTATION
+
+    def test_autocast_sessions(self, model):
+        tokens = models.ids(1, 14)
+        session = ttt.Session(model)
+        with torch.autocast("cpu", torch.bfloat16):
+            parts = [model(x, past_key_values=session.cache).logits for x in tokens.split([6, 1, 7], 1)]
+        assert session.tokens_seen == [14]
+        assert relative_error(torch.cat(parts, 1).float(), models.oracle(model, tokens)) < AUTOCAST
+
+    def test_an_explicit_state_is_checked(self, model):
+        with pytest.raises(CacheError, match="3 sequences, but the call has 2"):
+            model(models.ids(2, 5), use_cache=False, ttt_state=ttt.Session(model, 3).state)

@@ -104,3 +104,25 @@ def test_public_names_exist():
         assert getattr(ttt_compiler, name) is not None
     # A module of the same name must never take a function's place.
     assert callable(ttt_compiler.convert)
+
+
+def test_rooms_import_downwards_only():
+    """config -> passes -> codegen -> runtime: a lower row never imports a higher one."""
+    import ast
+    from pathlib import Path
+
+    import ttt_compiler
+
+    package = Path(ttt_compiler.__file__).parent
+    top = {f"ttt_compiler.{p.stem}" for p in package.glob("*.py")}
+    shared = {f"ttt_compiler.{n}" for n in ("config", "spec", "errors", "compat")}
+    forbidden = {
+        "passes": {"ttt_compiler.codegen", "ttt_compiler.runtime"} | (top - shared),
+        "codegen": {"ttt_compiler.passes", "ttt_compiler.runtime"} | (top - shared),
+        "runtime": {"ttt_compiler.passes"} | (top - shared),
+    }
+    for room, banned in forbidden.items():
+        for file in (package / room).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+                    assert not any(node.module.startswith(b) for b in banned), (file, node.module)

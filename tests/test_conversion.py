@@ -85,10 +85,34 @@ def test_conversion_leaves_training_flags_and_random_state_alone():
     assert torch.equal(torch.get_rng_state(), rng)
 
 
-def test_frozen_weight_gives_frozen_parameters():
-    model = models.tiny().requires_grad_(False)
+def test_a_frozen_model_trains_its_adapter_and_nothing_else():
+    model = models.tiny("gpt2").requires_grad_(False)
+    model.transformer.h[0].mlp.c_proj.bias.requires_grad_(True)
     ttt.convert(model, ttt.TTTConfig(layers="all"))
-    assert not any(p.requires_grad for p in model.parameters())
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert {n for n in trained if "ttt_" not in n} == {"transformer.h.0.mlp.c_proj.bias"}
+    assert sum("ttt_" in n for n in trained) == 4
+    ttt.revert(model)
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == ["transformer.h.0.mlp.c_proj.bias"]
+
+
+def test_modules_that_a_wrapper_moved_are_still_found(tmp_path):
+    class Wrapper(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.base_layer = inner
+
+        def forward(self, x):
+            return self.base_layer(x)
+
+    model = models.converted()
+    mlp = model.model.layers[0].mlp
+    mlp.down_proj = Wrapper(mlp.down_proj)
+    assert ttt.Session(model).drift()["model.layers.0.mlp.down_proj.weight"] == [0.0]
+    ttt.save_adapter(model, tmp_path)
+    ttt.load_adapter(models.tiny(), tmp_path)
+    ttt.revert(model)
+    assert type(mlp.down_proj.base_layer) is nn.Linear
 
 
 def test_converted_but_not_compiled_says_what_to_type():
@@ -208,7 +232,7 @@ def test_other_modules_need_example_inputs():
     ]
 
 
-def test_a_padded_batch_in_one_dtype_converts_on_meta_too():
+def test_a_model_on_the_meta_device_converts():
     with torch.device("meta"):
         model = LlamaForCausalLM(
             LlamaConfig(

@@ -64,6 +64,22 @@ def test_sampling_is_reproducible(model):
     assert not torch.equal(runs[0][0], runs[0][1])
 
 
+def test_sampled_rows_follow_the_fast_weights(model):
+    torch.manual_seed(5)
+    tokens = models.ids(2, 6)
+    out = model.generate(
+        tokens,
+        max_new_tokens=8,
+        do_sample=True,
+        num_return_sequences=2,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    logits = torch.stack(out.logits, 1)
+    expected = models.oracle(model, out.sequences[:, :-1])[:, 5:]
+    assert relative_error(logits, expected) < SEGMENTATION
+
+
 def test_beams_reorder_fast_weights(model):
     tokens = models.ids(1, 7)
     out = model.generate(

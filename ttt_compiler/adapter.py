@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ttt_compiler.config import TTTConfig
 from ttt_compiler.conversion import convert, revert, root_of
 from ttt_compiler.discover import Inputs
-from ttt_compiler.errors import AdapterError, ConfigError
+from ttt_compiler.errors import AdapterError, ConfigError, TTTError
 from ttt_compiler.runtime.files import (
     expect_tensors,
     read_json,
@@ -25,8 +25,7 @@ from ttt_compiler.runtime.files import (
     write_tensors,
 )
 from ttt_compiler.runtime.root import Root, require_root, unwrap
-from ttt_compiler.runtime.site import CONV, PROJ
-from ttt_compiler.spec import SiteSpec
+from ttt_compiler.spec import CONV, PROJ, SiteSpec
 
 FORMAT, VERSION = "ttt-adapter", 1
 CONFIG_FILE, TENSOR_FILE = "ttt_config.json", "ttt_model.safetensors"
@@ -38,11 +37,11 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     Raises:
         NotConvertedError: the model carries no fast weights.
     """
-    module, root = require_root(model)
+    root = require_root(model)[1]
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
     header = {"format": FORMAT, "version": VERSION, "sites": [s.encode() for s in root.specs]}
-    write_tensors(path / TENSOR_FILE, _parameters(module, root), header)
+    write_tensors(path / TENSOR_FILE, _parameters(root), header)
     write_json(path / CONFIG_FILE, {"format": FORMAT, **root.config.to_dict()})
     return path
 
@@ -76,28 +75,31 @@ def load_adapter(
         )
     _check_weights(module, root, specs, tensors, path)
     if root is None:
-        convert(module, config, example_inputs=example_inputs)
+        try:
+            convert(module, config, example_inputs=example_inputs)
+        except TTTError as e:
+            raise AdapterError(f"{path}: does not fit this model: {e}; the model is unchanged") from e
         root = require_root(module)[1]
         if root.specs != specs:
             revert(module)
             raise AdapterError(
                 f"{path}: was made for another model: its sites differ; the model is unchanged"
             )
-    current = _parameters(module, root)
+    current = _parameters(root)
     with torch.no_grad():
         for name, value in tensors.items():
             current[name].copy_(value)
     return model
 
 
-def _parameters(model: nn.Module, root: Root) -> dict[str, Tensor]:
-    """Added parameters by the name they have in ``state_dict``."""
+def _parameters(root: Root) -> dict[str, Tensor]:
+    """Added parameters by the name that they got at conversion, wherever their module stands now."""
     out = {}
-    for path in root.owners.values():
+    for key, site in root.modules.items():
         for name in (CONV, PROJ):
-            value = getattr(model.get_submodule(path), name)
+            value = getattr(site, name)
             if value is not None:
-                out[f"{path}.{name}"] = value
+                out[f"{key.rpartition('.')[0]}.{name}"] = value
     return out
 
 

@@ -8,6 +8,7 @@ every call. May be changed here: what options mean. Importing this registers bot
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,9 +18,17 @@ from torch import Tensor, fx, nn
 from ttt_compiler import compat
 from ttt_compiler.codegen import ops  # noqa: F401  (registers the ops before any graph is loaded)
 from ttt_compiler.config import TTTConfig
-from ttt_compiler.conversion import convert, is_known_weight, is_region, root_of
+from ttt_compiler.conversion import (
+    ENTRY,
+    convert,
+    is_known_weight,
+    is_region,
+    region_context,
+    root_of,
+)
 from ttt_compiler.errors import (
     AlreadyConvertedError,
+    CacheError,
     ConfigError,
     NotCompiledError,
     NotConvertedError,
@@ -79,18 +88,23 @@ def bind(
     Converts the module at its first call when nobody did before. A call that runs on a state records no
     autograd graph: writes into running fast weights are not differentiable.
     """
-    config = parse_options(backend_kwargs.get("options"), backend_kwargs.get("mode"))
+    config = check_kwargs(backend_kwargs)
     root = root_of(module)
     if root is not None:
         _check_same(module, root, config)
+    is_forward = getattr(forward, "__name__", "") == "forward"
     compiled: dict[object, Callable[..., Any]] = {}
+    converted = root is not None
 
     def run(kind: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # One code object per kind of call: Dynamo budgets recompiles per code object (8), gives up in
         # silence when they are spent, and a model that serves prefill, decode, padded and plain batches
         # spends them on structure alone. Within a kind only sizes vary.
         if kind not in compiled:
-            compiled[kind] = compile_one(compat.own_code(forward))
+            here = root_of(module)
+            # Conversion has put the boundary on the module; a bound forward from before it lacks that.
+            behind = here.forward if is_forward and here is not None and here.forward else forward
+            compiled[kind] = compile_one(compat.own_code(behind))
         try:
             return compiled[kind](*args, **kwargs)
         except NotCompiledError as e:
@@ -109,25 +123,52 @@ def bind(
                 raise
             raise ours from None
 
+    @functools.wraps(forward)
     def entry(*args: Any, **kwargs: Any) -> Any:
+        nonlocal converted
         if torch.compiler.is_compiling():
             return forward(*args, **kwargs)
         root = root_of(module)
         if root is None and is_region(module):
+            _check_region(module, kwargs)
             return run("region", args, kwargs)
+        if root is None and converted:
+            raise NotConvertedError(
+                f"{type(module).__name__} was reverted, and this is its compiled wrapper. Call the "
+                "model itself, or "
+                "ttt.convert(model, ...) it again"
+            )
         if root is None:
             root = root_of(convert(module, config, example_inputs=_example_inputs(module, args, kwargs)))
             assert root is not None, "convert records a root"
+        converted = True
         _check_same(module, root, config)
-        if len(args) <= len(root.slots):
-            # Spelled by name, however the caller wrote it: fewer variants to compile.
-            kwargs = {**dict(zip(root.slots, args, strict=False)), **kwargs}
-            args = ()
-        kwargs, stateful = root.prepare(module, args, kwargs)
+        kwargs, stateful = root.prepare(args, kwargs)
         with call_mode(stateful):
             return run(root.kind(args, kwargs), args, kwargs)
 
+    setattr(entry, ENTRY, True)
     return entry
+
+
+def check_kwargs(backend_kwargs: Mapping[str, Any]) -> TTTConfig | None:
+    """:func:`parse_options` of what ``torch.compile`` passes to the backend."""
+    return parse_options(backend_kwargs.get("options"), backend_kwargs.get("mode"))
+
+
+def _check_region(module: nn.Module, kwargs: Mapping[str, Any]) -> None:
+    """A part of a model sees caches and positions only through a call of the whole."""
+    context = region_context(module)
+    if context is None or context.active or not context.enabled:
+        return
+    named = [k for k in ("past_key_values", "position_ids", "attention_mask") if kwargs.get(k) is not None]
+    if named or kwargs.get("use_cache") is True:
+        raise CacheError(
+            f"{type(module).__name__} is a part of a converted model, called by itself with "
+            f"{', '.join(named) or 'use_cache=True'}: the state of a sequence belongs to the whole "
+            "model. Call the "
+            "model that was converted, or convert this part instead"
+        )
 
 
 def _check_same(module: nn.Module, root: Root, config: TTTConfig | None) -> None:
@@ -162,4 +203,4 @@ def _require_converted(gm: fx.GraphModule, inputs: Sequence[Any], result: Pipeli
             )
 
 
-compat.install_compile_hook(inplace_ttt, bind)
+compat.install_compile_hook(inplace_ttt, bind, check_kwargs)

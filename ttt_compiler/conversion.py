@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ttt_compiler.codegen.ops import require_cpu
-from ttt_compiler.compat import known_parameters
+from ttt_compiler.compat import forget_compiled_call, known_parameters
 from ttt_compiler.config import TTTConfig
 from ttt_compiler.discover import Discovery, FoundMLP, Inputs, discover
 from ttt_compiler.errors import (
@@ -31,6 +31,7 @@ from ttt_compiler.runtime.root import (
     NAME,
     STATE_ARGUMENT,
     Root,
+    call_mode,
     find_root,
     forward_slots,
     require_root,
@@ -42,6 +43,10 @@ from ttt_compiler.spec import SiteSpec
 # Weights of MLPs that some conversion has seen, chosen or not: a compiled region that holds only
 # unchosen ones is right without markers.
 _seen_weights = known_parameters()
+
+# Marks the callable that ``torch.compile`` returned for a model's forward.
+ENTRY = "_ttt_entry"
+OWN_FORWARD = "_ttt_forward"
 
 
 def convert(
@@ -77,17 +82,15 @@ def convert(
         raise AlreadyConvertedError(
             f"{type(model).__name__} is already converted with {root.config}. Type ttt.revert(model) first"
         )
-    _check_model(model)
+    check_model(model)
     found = discover(model, example_inputs)
     chosen = check_sites(model, config, found)
     context = CallContext()
-    specs = tuple(_spec(config, mlp, found) for mlp in chosen)
+    specs = tuple(site_spec(config, mlp, found) for mlp in chosen)
     for mlp, spec in zip(chosen, specs, strict=True):
         owner = model.get_submodule(mlp.weight.rpartition(".")[0])
         weight = model.get_parameter(mlp.weight)
         attach(owner, spec, *_initial_parameters(model, spec, weight), context)
-        for parameter in owner.parameters(recurse=False):
-            parameter.requires_grad_(parameter.requires_grad and weight.requires_grad)
     for mlp in found.mlps:
         _seen_weights[model.get_parameter(mlp.weight)] = True
     _install(
@@ -95,11 +98,10 @@ def convert(
         Root(
             config=config,
             specs=specs,
-            owners={mlp.weight: mlp.weight.rpartition(".")[0] for mlp in chosen},
+            modules={mlp.weight: model.get_submodule(mlp.weight.rpartition(".")[0]) for mlp in chosen},
             transposed=frozenset(mlp.weight for mlp in chosen if mlp.transposed),
-            known_weights=frozenset(mlp.weight for mlp in found.mlps),
             context=context,
-            slots=forward_slots(model.forward),
+            slots=forward_slots(_plain_forward(model)),
             make_cache=_cache_factory(model),
         ),
     )
@@ -113,14 +115,17 @@ def revert(model: nn.Module) -> nn.Module:
         NotConvertedError: the model carries no fast weights.
     """
     model, root = require_root(model)
-    for path in root.owners.values():
-        detach(model.get_submodule(path))
-    del model.forward
-    if "_ttt_forward" in model.__dict__:
-        model.forward = model.__dict__.pop("_ttt_forward")
+    for site in root.modules.values():
+        detach(site)
+    if model.__dict__.get("forward") is root.forward:
+        del model.forward
+    if OWN_FORWARD in model.__dict__:
+        model.forward = model.__dict__.pop(OWN_FORWARD)
     delattr(model, NAME)
+    for parameter in model.parameters():
+        _seen_weights.pop(parameter, None)
     # What was compiled with the markers must not run again.
-    model._compiled_call_impl = None
+    forget_compiled_call(model)
     return model
 
 
@@ -145,8 +150,16 @@ def root_of(model: nn.Module) -> Root | None:
 
 
 def is_region(module: nn.Module) -> bool:
-    """Whether ``module`` is a part of a converted model (regional compilation)."""
-    return root_of(module) is None and any(isinstance(m, FastWeightSite) for m in module.modules())
+    """Whether ``module`` is a part of a converted model, chosen or not (regional compilation)."""
+    return root_of(module) is None and (
+        any(isinstance(m, FastWeightSite) for m in module.modules())
+        or any(is_known_weight(p) for p in module.parameters())
+    )
+
+
+def region_context(module: nn.Module) -> CallContext | None:
+    """The context of the first site inside of ``module``."""
+    return next((m._ttt_context for m in module.modules() if isinstance(m, FastWeightSite)), None)
 
 
 def is_known_weight(weight: Tensor) -> bool:
@@ -208,12 +221,16 @@ def why_not(model: nn.Module, config: TTTConfig, mlp: FoundMLP, found: Discovery
     return None
 
 
-def _check_model(model: nn.Module) -> None:
+def check_model(model: nn.Module) -> None:
+    """Raise unless ``model`` as a whole can be converted.
+
+    Raises:
+        NonCausalModelError, AlreadyConvertedError, UnsupportedDeviceError.
+    """
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise NonCausalModelError(
-            f"{type(model).__name__} is an encoder-decoder: its encoder layers see both directions, "
-            "and its decoder "
-            "layers depend on them. In-Place TTT needs a causal decoder"
+            f"{type(model).__name__} is an encoder-decoder: its encoder layers see both directions, and "
+            "its decoder layers depend on them. In-Place TTT needs a causal decoder"
         )
     if is_region(model):
         raise AlreadyConvertedError(
@@ -223,7 +240,8 @@ def _check_model(model: nn.Module) -> None:
         require_cpu(parameter.device, type(model).__name__)
 
 
-def _spec(config: TTTConfig, mlp: FoundMLP, found: Discovery) -> SiteSpec:
+def site_spec(config: TTTConfig, mlp: FoundMLP, found: Discovery) -> SiteSpec:
+    """The constants of one site."""
     width = mlp.d_model if config.target == "hidden_states" else found.embed_width
     assert width is not None, "check_sites refuses input_embed without embeddings"
     return SiteSpec(
@@ -242,28 +260,39 @@ def _spec(config: TTTConfig, mlp: FoundMLP, found: Discovery) -> SiteSpec:
 def _initial_parameters(
     model: nn.Module, spec: SiteSpec, weight: Tensor
 ) -> tuple[nn.Parameter, nn.Parameter | None]:
-    """conv = 0 and a diagonal P (paper appendix C.3): nothing is written until conv is trained."""
-    conv = nn.Parameter(weight.new_zeros(spec.d_target, 1, spec.conv_kernel), weight.requires_grad)
+    """conv = 0 and a diagonal P (paper appendix C.3): nothing is written until conv is trained.
+
+    Both are trainable on a frozen model too: training them alone is the ordinary adapter recipe.
+    """
+    conv = nn.Parameter(weight.new_zeros(spec.d_target, 1, spec.conv_kernel))
     if not spec.proj:
         return conv, None
     std = float(getattr(getattr(model, "config", None), "initializer_range", None) or 0.02)
     proj = weight.new_zeros(spec.d_target, spec.d_model)
     proj.diagonal().normal_(0.0, std)
-    return conv, nn.Parameter(proj, weight.requires_grad)
+    return conv, nn.Parameter(proj)
 
 
 def _install(model: nn.Module, root: Root) -> None:
     """Put the call boundary on this instance; signature and class stay what they were."""
     own = model.__dict__.get("forward")
-    if own is not None:
-        model.__dict__["_ttt_forward"] = own
-    inner: Callable[..., Any] = type(model).forward if own is None else _ignore_self(own)
+    # ``model.forward = torch.compile(model.forward, ...)`` already stands at the door and calls root.forward.
+    entry = own is not None and getattr(own, ENTRY, False)
+    inner: Callable[..., Any] = type(model).forward if own is None or entry else _ignore_self(own)
 
-    @functools.wraps(model.forward if own is not None else type(model).forward)
+    @functools.wraps(inner)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         here: Root = self.__dict__[NAME]
         if not torch.compiler.is_compiling():
-            kwargs, _ = here.prepare(self, args, kwargs)
+            kwargs, stateful = here.prepare(args, kwargs)
+            with call_mode(stateful):
+                try:
+                    return run(self, here, args, kwargs)
+                finally:
+                    here.leave()
+        return run(self, here, args, kwargs)
+
+    def run(self: nn.Module, here: Root, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not here.context.enabled:
             kwargs.pop(STATE_ARGUMENT, None)
             return inner(self, *args, **kwargs)
@@ -273,10 +302,21 @@ def _install(model: nn.Module, root: Root) -> None:
         return out
 
     model.__dict__[NAME] = root
-    model.forward = types.MethodType(forward, model)
+    root.forward = types.MethodType(forward, model)
+    if not entry:
+        if own is not None:
+            model.__dict__[OWN_FORWARD] = own
+        model.forward = root.forward
+
+
+def _plain_forward(model: nn.Module) -> Callable[..., Any]:
+    """The model's forward with its real signature, whatever was assigned over it."""
+    forward = model.forward
+    return types.MethodType(type(model).forward, model) if getattr(forward, ENTRY, False) else forward
 
 
 def _ignore_self(bound: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(bound)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return bound(*args, **kwargs)
 

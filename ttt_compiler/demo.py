@@ -24,7 +24,7 @@ from ttt_compiler.pretrained import load_pretrained
 from ttt_compiler.report import Report, explain
 from ttt_compiler.runtime.root import require_root
 from ttt_compiler.runtime.session import Session
-from ttt_compiler.runtime.site import CONV, PROJ
+from ttt_compiler.spec import CONV, PROJ
 from ttt_compiler.windowed import Window, WindowedReader
 
 # How far the first chunk moves W under a random adapter: visible, and far from breaking the model.
@@ -241,8 +241,8 @@ def _scale_to(model: nn.Module, session: Session, drift: float) -> None:
 
 
 def _adapter_parameters(model: nn.Module) -> dict[str, tuple[Tensor, Tensor | None]]:
-    module, root = require_root(model)
-    owners = {key: module.get_submodule(path) for key, path in root.owners.items()}
+    root = require_root(model)[1]
+    owners = root.modules
     return {key: (getattr(owner, CONV), getattr(owner, PROJ)) for key, owner in owners.items()}
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ttt_compiler.compat import capture, meta_tensor
+from ttt_compiler.compat import capture, meta_tensor, uncompiled_call
 from ttt_compiler.errors import UnsupportedModelError
 from ttt_compiler.passes.choose_layers import block_indices
 from ttt_compiler.passes.embeddings import token_embeddings
@@ -89,7 +89,7 @@ def discover(model: nn.Module, example_inputs: Inputs | None = None) -> Discover
     """
     args, kwargs = example_inputs if example_inputs is not None else default_inputs(model)
     recorder = _Recorder(model)
-    run = capture(_uncompiled_call(model), recorder)
+    run = capture(uncompiled_call(model), recorder)
     with _quiet(model), torch.no_grad():
         run(*args, **kwargs)
         changed = _with_other_last_token(args, kwargs)
@@ -248,13 +248,6 @@ def _with_other_last_token(args: Sequence[Any], kwargs: Mapping[str, Any]) -> In
             values[i] = x
             return values[: len(args)], dict(zip(kwargs, values[len(args) :], strict=True))
     return None
-
-
-def _uncompiled_call(model: nn.Module) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return model._call_impl(*args, **kwargs)
-
-    return call
 
 
 @contextlib.contextmanager

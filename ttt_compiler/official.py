@@ -19,7 +19,7 @@ from ttt_compiler.conversion import convert
 from ttt_compiler.errors import LayerSelectionError, OfficialCheckpointError
 from ttt_compiler.runtime.files import read_json, read_tensors, replacing, write_json
 from ttt_compiler.runtime.root import Root, require_root
-from ttt_compiler.runtime.site import CONV, PROJ
+from ttt_compiler.spec import CONV, PROJ
 
 # Architectures that the official code has model files for.
 MODEL_TYPES = ("llama", "qwen3")
@@ -58,7 +58,7 @@ def from_official(directory: str | os.PathLike[str]) -> nn.Module:
         convert(model, config)
     except LayerSelectionError as e:
         raise OfficialCheckpointError(f"{path}: {e}") from e
-    _load_added(model, require_root(model)[1], added, path)
+    _load_added(require_root(model)[1], added, path)
     return model
 
 
@@ -155,10 +155,10 @@ def _load_base(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None
         )
 
 
-def _load_added(model: nn.Module, root: Root, added: dict[str, Tensor], path: Path) -> None:
+def _load_added(root: Root, added: dict[str, Tensor], path: Path) -> None:
     wanted = {}
-    for owner in root.owners.values():
-        module = model.get_submodule(owner)
+    for key, module in root.modules.items():
+        owner = key.rpartition(".")[0]
         for leaf in (CONV, PROJ):
             parameter = getattr(module, leaf)
             if parameter is not None:
@@ -189,4 +189,4 @@ def _blocks(model: nn.Module, root: Root) -> list[int]:
         raise OfficialCheckpointError(
             "the official code has conv_kernel=5 only. Use ttt.save_adapter instead"
         )
-    return [int(owner.split(".layers.")[1].split(".")[0]) for owner in root.owners.values()]
+    return [int(owner.split(".layers.")[1].split(".")[0]) for owner in root.modules]

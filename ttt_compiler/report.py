@@ -176,7 +176,7 @@ def _explain_unconverted(
         target_source=_target_source(config),
     )
     try:
-        conversion._check_model(model)
+        conversion.check_model(model)
     except Exception as e:
         problems.append(_problem(e))
     try:
@@ -198,7 +198,7 @@ def _explain_unconverted(
             problems.append(_problem(e))
     reasons = {m.weight: _reason(model, config, m, found, keys) for m in found.mlps}
     rows = tuple(_row(m, reasons[m.weight]) for m in found.mlps)
-    specs = [conversion._spec(config, m, found) for m in found.mlps if reasons[m.weight] is None]
+    specs = [conversion.site_spec(config, m, found) for m in found.mlps if reasons[m.weight] is None]
     return _with_costs(dataclasses.replace(report, rows=rows), model, specs, problems)
 
 

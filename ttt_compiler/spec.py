@@ -10,6 +10,9 @@ import dataclasses
 import json
 from dataclasses import dataclass
 
+# Names of the added parameters on the module that owns the weight.
+CONV, PROJ = "ttt_conv", "ttt_proj"
+
 
 @dataclass(frozen=True)
 class SiteSpec:

@@ -189,6 +189,17 @@ def test_nonfinite_write_is_refused_before_it_reaches_the_state(where):
     assert torch.equal(s[0], before)
 
 
+def test_fp16_writes_do_not_overflow_on_the_way_to_fp32():
+    chunk = 1024
+    h, t = torch.full((1, chunk, F), 12.0).half(), torch.full((1, chunk, D), 12.0).half()
+    w0, conv = torch.zeros(D, F).half(), torch.zeros(D, 1, K).half()
+    conv[:, 0, K // 2] = 1
+    s = state(torch.float16, chunk, batch=1)
+    one = SiteSpec("site.weight", D, F, D, chunk, 1.0, "hidden_states", False, K).encode()
+    torch.ops.ttt.fast_weight_step(h, t, w0, None, conv, None, None, one, *s)
+    assert torch.equal(s[0], torch.full((1, D, F), 147456.0))
+
+
 def test_marker_refuses_to_run():
     h, _, _, conv, proj, _ = problem()
     with pytest.raises(NotCompiledError, match=r'model\.compile\(backend="inplace_ttt"\)'):

@@ -94,4 +94,6 @@ def test_official(case):
         "greedy",
     }
     expected |= {f"grad {k}" for k in ("ttt_conv", "down_proj", "gate_proj", "embed_tokens")}
+    if json.loads((case / "config.json").read_text())["ttt_proj"]:
+        expected.add("grad ttt_proj")
     assert expected <= errors.keys()

@@ -187,7 +187,35 @@ class TestHostileFiles:
             header["cache.0.other"] = header.pop("cache.0.keys")
 
         self.edit(path, rename)
-        with pytest.raises(SnapshotError, match=r"unexpected tensor|do not fit"):
+        with pytest.raises(SnapshotError, match="unexpected tensor"):
+            ttt.Session.load(model, path)
+
+    @pytest.mark.parametrize("index", ["²", "-1", "7"])
+    def test_layers_that_do_not_exist(self, model, path, index):
+        def rename(header):
+            for part in ("keys", "values"):
+                header[f"cache.{index}.{part}"] = header.pop(f"cache.1.{part}")
+
+        self.edit(path, rename)
+        with pytest.raises(SnapshotError, match="missing layer"):
+            ttt.Session.load(model, path)
+
+    def test_keys_of_other_heads(self, model, path):
+        def reshape(header):
+            for part in ("keys", "values"):
+                entry = header[f"cache.0.{part}"]
+                b, heads, length, width = entry["shape"]
+                entry["shape"] = [b, heads * 2, length, width // 2]
+
+        self.edit(path, reshape)
+        with pytest.raises(SnapshotError, match="do not fit this model"):
+            ttt.Session.load(model, path)
+
+    def test_nan_in_the_state(self, model, path):
+        session = ttt.Session(model)
+        next(iter(session.state.sites.values())).w[:] = float("nan")
+        session.save(path)
+        with pytest.raises(SnapshotError, match="NaN or Inf"):
             ttt.Session.load(model, path)
 
     def test_wrong_shape(self, model, path):

@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 from ttt_compiler.codegen.cpu.gemm import ONEDNN_MIN_ROWS, SHADOW_MIN_ROWS, is_amd, state_dtype
-from ttt_compiler.runtime.site import CONV, PROJ
-from ttt_compiler.spec import SiteSpec
+from ttt_compiler.spec import CONV, PROJ, SiteSpec
 
 OVERHEAD_RULE = (
     "of the model's linear FLOPs, 2 per scalar of every weight matrix and token; embedding "

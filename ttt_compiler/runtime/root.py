@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,36 +35,41 @@ class Root:
     Attributes:
         config: how it was converted.
         specs: the sites, in block order.
-        owners: per site key, the path of the module that owns the weight.
+        modules: per site key, the module that owns the weight, wherever it stands now.
+        token: identity of this conversion.
         transposed: keys of weights stored ``[F, D]``.
-        known_weights: names of every MLP weight that was found, chosen or not.
         context: the channel to the sites.
         slots: names of forward's positional arguments, to their positions.
+        forward: the model's forward behind the boundary, bound.
         make_cache: builds an empty key/value cache, or None for models without one.
     """
 
     config: TTTConfig
     specs: tuple[SiteSpec, ...]
-    owners: dict[str, str]
+    modules: dict[str, nn.Module] = field(repr=False)
     transposed: frozenset[str]
-    known_weights: frozenset[str]
     context: CallContext
     slots: Mapping[str, int]
     make_cache: Callable[[], Any] | None = field(default=None, repr=False)
+    forward: Callable[..., Any] | None = field(default=None, repr=False)
+    token: str = field(default_factory=lambda: uuid.uuid4().hex)
 
-    def new_state(self, model: nn.Module, batch: int) -> FastWeightState:
+    def new_state(self, batch: int) -> FastWeightState:
         """State of ``batch`` sequences that have not begun, on the model's device."""
-        weight = self.weight(model, self.specs[0])
-        return FastWeightState.zeros(self.specs, batch, weight.dtype, weight.device)
+        weight = self.weight(self.specs[0])
+        return FastWeightState.zeros(self.specs, batch, weight.dtype, weight.device, self.owner())
 
-    def weight(self, model: nn.Module, spec: SiteSpec) -> Tensor:
+    def weight(self, spec: SiteSpec) -> Tensor:
         """W0 of a site as ``[D, F]``."""
-        weight = model.get_parameter(spec.key)
+        weight = self.modules[spec.key].get_parameter("weight")
         return weight.t() if spec.key in self.transposed else weight
 
-    def prepare(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[dict[str, Any], bool]:
+    def owner(self) -> tuple[object, ...]:
+        """Identity of the slow weights that a state is written on; training or loading changes it."""
+        weights = [m.get_parameter("weight") for m in self.modules.values()]
+        return (self.token, *((id(w), 0 if w.is_inference() else w._version) for w in weights))
+
+    def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], bool]:
         """Before a call, outside of any capture: settle the cache.
 
         A fresh cache gets its state here, with as many rows as the call has, whoever made it
@@ -80,7 +86,8 @@ class Root:
         if not self.context.enabled:
             if is_carrier(cache):
                 raise CacheError(
-                    "this cache carries fast weights, which would miss the tokens of a disabled call. Inside of "
+                    "this cache carries fast weights, which would miss the tokens of a disabled "
+                    "call. Inside of "
                     "ttt.disabled(model) use a cache of its own: transformers.DynamicCache()"
                 )
             return kwargs, False
@@ -90,7 +97,10 @@ class Root:
                 f"position_ids of {pos.dim()} dimensions do not say where documents start. Pass them "
                 "as [batch, tokens]"
             )
-        if kwargs.get(STATE_ARGUMENT) is not None:
+        state = kwargs.get(STATE_ARGUMENT)
+        if state is not None:
+            first = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+            self._check(state, first.shape[0])
             return kwargs, True
         if cache is None:
             if self.make_cache is None or self.argument("use_cache", args, kwargs) is not True:
@@ -103,17 +113,20 @@ class Root:
                 "pass input_ids or inputs_embeds by name: the batch size of a cached call is unknown"
             )
         if is_carrier(cache):
-            check_fits(cache.ttt, self.specs, tokens.shape[0])
+            self._check(cache.ttt, tokens.shape[0])
         elif cache.get_seq_length() > 0:
             raise CacheError(
-                f"this cache holds {cache.get_seq_length()} tokens but no fast weights: it was made "
-                "before the model "
-                "was converted, or by a call without use_cache=True. Start over with an empty cache: "
+                f"this cache holds {cache.get_seq_length()} tokens but no fast weights: it was made before "
+                "the model was converted, or by a call without use_cache=True. Start over with an "
+                "empty cache: "
                 "model(..., use_cache=True), model.generate(...), or ttt.Session(model)"
             )
         else:
-            attach_state(cache, self.new_state(model, tokens.shape[0]))
+            attach_state(cache, self.new_state(tokens.shape[0]))
         return kwargs, True
+
+    def _check(self, state: FastWeightState, batch: int) -> None:
+        check_fits(state, self.specs, batch, self.weight(self.specs[0]), self.owner())
 
     def kind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[object, ...]:
         """What a call looks like apart from its sizes; calls of one kind share compiled code."""
@@ -136,12 +149,16 @@ class Root:
         state = kwargs.pop(STATE_ARGUMENT, None)
         cache = self.argument("past_key_values", args, kwargs)
         if state is None and cache is not None:
+            if not is_carrier(cache):
+                raise CacheError("this cache carries no fast weights: pass ttt.Session(model).cache")
             state = cache.ttt
+        self.context.active = True
         self.context.state = state
         self.context.pos = self._positions(args, kwargs, state)
 
     def leave(self) -> None:
         """Captured with the model: drop what :meth:`enter` set."""
+        self.context.active = False
         self.context.state = None
         self.context.pos = None
 

@@ -41,7 +41,7 @@ class Session:
     def __init__(self, model: nn.Module, batch_size: int = 1) -> None:
         self.model, self._root = require_root(model)
         self.batch_size = batch_size
-        state = self._root.new_state(self.model, batch_size)
+        state = self._root.new_state(batch_size)
         self.cache: Any = None
         self._state = state
         if self._root.make_cache is not None:
@@ -59,7 +59,7 @@ class Session:
 
     def drift(self) -> dict[str, list[float]]:
         """``||W - W0||_F / ||W0||_F`` per site and row."""
-        return self.state.drift({s.key: self._root.weight(self.model, s) for s in self._root.specs})
+        return self.state.drift({s.key: self._root.weight(s) for s in self._root.specs})
 
     def describe(self) -> dict[str, Any]:
         """Size and position of the session, JSON-ready."""

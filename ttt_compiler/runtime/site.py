@@ -15,9 +15,7 @@ from torch import Tensor, nn
 
 from ttt_compiler.codegen import ops  # noqa: F401  (registers the marker)
 from ttt_compiler.runtime.state import FastWeightState
-from ttt_compiler.spec import SiteSpec
-
-CONV, PROJ = "ttt_conv", "ttt_proj"
+from ttt_compiler.spec import CONV, PROJ, SiteSpec
 
 
 class CallContext:
@@ -25,12 +23,14 @@ class CallContext:
 
     Attributes:
         enabled: False runs the base model (see :func:`ttt_compiler.disabled`).
+        active: whether a call of the whole model is on its way (always False between calls).
         pos: int64 ``[B or 1, T]`` positions (0 starts a document, negative is padding) or None.
         state: the running sequences, or None for a stateless call.
     """
 
     def __init__(self) -> None:
         self.enabled = True
+        self.active = False
         self.pos: Tensor | None = None
         self.state: FastWeightState | None = None
 

@@ -49,7 +49,7 @@ def load(
     tensors, header = read_tensors(path, SnapshotError)
     _check_header(header, path, model, root)
     batch = header["batch_size"]
-    dtype = root.weight(model, root.specs[0]).dtype
+    dtype = root.weight(root.specs[0]).dtype
     fast = {k: v for k, v in tensors.items() if k.startswith("fast.")}
     expected: dict[str, tuple[tuple[int, ...], Any]] = {}
     for spec in root.specs:
@@ -59,15 +59,18 @@ def load(
             expected[f"fast.{spec.key}.{name}"] = ((batch, *x.shape[1:]), x.dtype)
     expect_tensors(fast, expected, path, SnapshotError)
     sites = {
-        s.key: SiteState(*(fast[f"fast.{s.key}.{n}"].to(model.get_parameter(s.key).device) for n in TENSORS))
+        s.key: SiteState(*(fast[f"fast.{s.key}.{n}"].to(root.weight(s).device) for n in TENSORS))
         for s in root.specs
     }
     for spec in root.specs:
         seen, writes = sites[spec.key].counts[:, SEEN], sites[spec.key].counts[:, WRITES]
         if bool(((seen < 0) | (writes < 0) | (writes > seen // spec.chunk)).any()):
             raise SnapshotError(f"{path}: counters of {spec.key} contradict each other; nothing was changed")
-    layers = _layers(tensors, path, batch)
-    return FastWeightState(root.specs, sites), lambda cache: _fill(cache, layers, path)
+    layers = _layers(tensors, path, batch, dtype, getattr(model, "config", None))
+    for name, value in tensors.items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise SnapshotError(f"{path}: {name} holds NaN or Inf; nothing was changed")
+    return FastWeightState(root.specs, sites, root.owner()), lambda cache: _fill(cache, layers)
 
 
 def plain_layers(cache: Any, error: type[TTTError]) -> list[Any]:
@@ -106,29 +109,33 @@ def _check_header(header: dict[str, Any], path: object, model: nn.Module, root: 
         raise SnapshotError(f"{path}: batch_size {batch!r} is no positive integer; nothing was changed")
 
 
-def _layers(tensors: dict[str, Tensor], path: object, batch: int) -> dict[int, tuple[Tensor, Tensor]]:
-    names = [k for k in tensors if not k.startswith("fast.")]
-    layers: dict[int, tuple[Tensor, Tensor]] = {}
-    for name in names:
-        kind, _, rest = name.partition(".")
-        index, _, part = rest.partition(".")
-        if kind != "cache" or not index.isdigit() or part not in ("keys", "values"):
-            raise SnapshotError(f"{path}: unexpected tensor {name!r}; nothing was changed")
-        keys, values = (tensors.get(f"cache.{index}.{p}") for p in ("keys", "values"))
-        if keys is None or values is None or keys.dim() != 4 or keys.shape[:3] != values.shape[:3]:
-            raise SnapshotError(
-                f"{path}: keys and values of layer {index} do not fit together; nothing was changed"
-            )
-        if keys.shape[0] != batch:
-            raise SnapshotError(
-                f"{path}: layer {index} has {keys.shape[0]} rows, expected {batch}; nothing was changed"
-            )
-        layers[int(index)] = (keys, values)
+def _layers(
+    tensors: dict[str, Tensor], path: object, batch: int, dtype: torch.dtype, config: Any
+) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of all layers, or of none."""
+    names = {k for k in tensors if not k.startswith("fast.")}
+    count = len(names) // 2
+    expected = {f"cache.{i}.{part}" for i in range(count) for part in ("keys", "values")}
+    if names != expected or count not in (0, getattr(config, "num_hidden_layers", count)):
+        raise SnapshotError(
+            f"{path}: unexpected tensor or missing layer: {sorted(names ^ expected)[:3]} "
+            f"({count} layers); nothing was changed"
+        )
+    layers = [(tensors[f"cache.{i}.keys"], tensors[f"cache.{i}.values"]) for i in range(count)]
+    heads, width = (getattr(config, n, None) for n in ("num_key_value_heads", "head_dim"))
+    for i, (keys, values) in enumerate(layers):
+        length = layers[0][0].shape[-2] if layers[0][0].dim() == 4 else -1
+        for x in (keys, values):
+            fits = x.dim() == 4 and x.shape[0] == batch and x.shape[2] == length and x.dtype == dtype
+            if not fits or heads not in (None, x.shape[1]) or width not in (None, x.shape[3]):
+                raise SnapshotError(
+                    f"{path}: keys and values of layer {i} do not fit this model ({tuple(x.shape)} "
+                    f"{x.dtype}); "
+                    "nothing was changed"
+                )
     return layers
 
 
-def _fill(cache: Any, layers: dict[int, tuple[Tensor, Tensor]], path: object) -> None:
-    if layers and max(layers) >= len(cache.layers) > 0:
-        raise SnapshotError(f"{path}: has more cache layers than the model; nothing was changed")
-    for index in sorted(layers):
-        cache.update(*layers[index], index)
+def _fill(cache: Any, layers: list[tuple[Tensor, Tensor]]) -> None:
+    for index, (keys, values) in enumerate(layers):
+        cache.update(keys, values, index)

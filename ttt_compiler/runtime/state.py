@@ -51,19 +51,26 @@ class FastWeightState:
     Attributes:
         sites: per site key: ``w [B, D, F]``, ``tail_h [B, C, F]``, ``tail_t [B, C, Dt]``,
             ``counts [B, 2]`` int64 (tokens seen since the document began, chunks written).
-        signature: what the state belongs to; a state of another model or configuration is refused.
+        signature: the constants of its sites.
+        owner: identity of the slow weights it was written on (see :meth:`Root.owner`).
     """
 
-    def __init__(self, specs: Sequence[SiteSpec], sites: dict[str, SiteState]) -> None:
+    def __init__(self, specs: Sequence[SiteSpec], sites: dict[str, SiteState], owner: object = None) -> None:
         self.specs = tuple(specs)
         self.sites = sites
+        self.owner = owner
 
     @classmethod
     def zeros(
-        cls, specs: Sequence[SiteSpec], batch: int, dtype: torch.dtype, device: torch.device
+        cls,
+        specs: Sequence[SiteSpec],
+        batch: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        owner: object = None,
     ) -> FastWeightState:
         """State of ``batch`` sequences that have not begun: every row stands at the slow weights."""
-        return cls(specs, {s.key: SiteState.zeros(s, batch, dtype, device) for s in specs})
+        return cls(specs, {s.key: SiteState.zeros(s, batch, dtype, device) for s in specs}, owner)
 
     @property
     def signature(self) -> tuple[str, ...]:
@@ -144,7 +151,7 @@ class FastWeightState:
         return out
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> FastWeightState:
-        return FastWeightState(self.specs, {k: s.map(fn) for k, s in self.sites.items()})
+        return FastWeightState(self.specs, {k: s.map(fn) for k, s in self.sites.items()}, self.owner)
 
     def _replace(self, fn: Callable[[Tensor], Tensor]) -> None:
         self.sites = self._map(fn).sites
@@ -156,19 +163,34 @@ def bytes_per_sequence(specs: Sequence[SiteSpec], dtype: torch.dtype) -> int:
     return sum(s.d_model * s.d_ff * acc + s.chunk * (s.d_ff + s.d_target) * element + 2 * 8 for s in specs)
 
 
-def check_fits(state: FastWeightState, specs: Sequence[SiteSpec], batch: int) -> None:
-    """Raise unless ``state`` belongs to a model with these sites and to ``batch`` rows.
+def check_fits(
+    state: FastWeightState, specs: Sequence[SiteSpec], batch: int, like: Tensor, owner: object
+) -> None:
+    """Raise unless ``state`` can run on a model with these sites, weights like ``like`` and ``batch`` rows.
 
     Raises:
         CacheError: with what differs and what to do.
     """
+    fresh = "Start a new one: ttt.Session(model), or leave past_key_values out"
     if state.signature != tuple(s.encode() for s in specs):
-        raise CacheError(
-            "this cache carries the fast weights of another model or configuration. Start a new one: "
-            "ttt.Session(model), or leave past_key_values out"
-        )
+        raise CacheError(f"this cache carries the fast weights of another model or configuration. {fresh}")
     if state.batch_size != batch:
         raise CacheError(
-            f"this cache carries fast weights of {state.batch_size} sequences, but the call has {batch}. "
-            "Make one with ttt.Session(model, batch_size=...)"
+            f"this cache carries fast weights of {state.batch_size} sequences, but the call has "
+            f"{batch}. Make one with ttt.Session(model, batch_size=...)"
         )
+    tail = state.sites[specs[0].key].tail_h
+    if tail.dtype != like.dtype or tail.device != like.device:
+        raise CacheError(
+            f"this cache carries fast weights of a model in {tail.dtype} on {tail.device}; the model "
+            "is now in "
+            f"{like.dtype} on {like.device}. {fresh}"
+        )
+    if state.owner != owner:
+        if any(state.tokens_seen):
+            raise CacheError(
+                "this cache carries fast weights written on other slow weights: it belongs to "
+                "another model, or "
+                f"the model's weights were trained or loaded since. {fresh}"
+            )
+        state.owner = owner

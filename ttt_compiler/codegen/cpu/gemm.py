@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ttt_compiler.compat import onednn_linear
+
 ONEDNN_MIN_ROWS = 256
 # Below this many rows a low-precision apply reads the fp32 state itself: one pass over it is cheaper
 # than refreshing a low-precision copy.
@@ -60,7 +62,7 @@ def apply(h: Tensor, w: Tensor, bias: Tensor | None, out: Tensor) -> None:
         and is_amd()
         and torch.backends.mkldnn.is_available()
     ):
-        out.copy_(torch.ops.mkldnn._linear_pointwise(h, w, bias, "none", [], ""))
+        out.copy_(onednn_linear(h, w, bias))
     elif bias is None:
         torch.mm(h, w.t(), out=out)
     else:
@@ -165,6 +167,9 @@ class FastMatrix:
             # chunks); the sum may not: a bf16 state loses most of what is written.
             if not self.written:
                 self.master.zero_() if self.base is None else self.master.copy_(self.base)
+            # fp16 increments can overflow where their sum would not, so those are made in fp32.
+            if self.dtype == torch.float16:
+                v, h = v.to(self.master.dtype), h.to(self.master.dtype)
             self.master.add_(torch.mm(v.t(), h))
         self.written = True
         self._shadow = None

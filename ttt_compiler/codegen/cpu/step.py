@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ttt_compiler.codegen.cpu.conv import convolve
-from ttt_compiler.codegen.cpu.gemm import FastMatrix, static_apply, workspace
+from ttt_compiler.codegen.cpu.gemm import FastMatrix, state_dtype, static_apply, workspace
 from ttt_compiler.codegen.segments import Run, row_runs
 from ttt_compiler.errors import NonFiniteWriteError
 from ttt_compiler.spec import SiteSpec
@@ -140,6 +140,8 @@ class _Row:
         """Write one complete chunk. h ``[C, F]``, t ``[C, Dt]``."""
         if self.still:
             return
+        # Under autocast the tail is kept in the weights' dtype and multiplied in the operands'.
+        h, t = h.to(self.h.dtype), t.to(self.t.dtype)
         v = workspace("step.conv", tuple(t.shape), t.dtype)
         convolve(t, self.conv[:, 0].t(), v)
         if self.proj is None:
@@ -147,8 +149,8 @@ class _Row:
         else:
             out = workspace("step.v", (t.shape[0], self.spec.d_model), t.dtype)
             v = torch.mm(v, self.proj * self.spec.lr, out=out)
-        # A finite norm proves that every entry is finite, in one pass and without a temporary.
-        if not (torch.linalg.vector_norm(v).isfinite() and torch.linalg.vector_norm(h).isfinite()):
+        # A finite norm proves that every entry is finite, in one pass; the product of two such in fp32 is.
+        if not (_finite(v) and _finite(h)):
             raise NonFiniteWriteError(
                 f"{self.spec.key}: chunk {self.counts[SEEN] // self.spec.chunk} would write NaN or "
                 "Inf into the "
@@ -157,3 +159,8 @@ class _Row:
             )
         self.w.write(v, h)
         self.counts[WRITES] += 1
+
+
+def _finite(x: Tensor) -> bool:
+    norm = torch.linalg.vector_norm(x, dtype=state_dtype(x.dtype))
+    return bool(norm.isfinite())
