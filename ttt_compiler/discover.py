@@ -214,7 +214,10 @@ def _describe(
         bias=site.bias is not None,
         transposed=site.transposed,
         block=block,
-        causal=_is_causal(graph.first.get(site.h), graph.second.get(site.h), leading),
+        # Routed experts see tokens in expert order: the probe's comparison means nothing there.
+        causal=None
+        if site.kind != "dense"
+        else _is_causal(graph.first.get(site.h), graph.second.get(site.h), leading),
         uses=uses,
     )
 

@@ -21,6 +21,10 @@ from ttt_compiler.passes.match_markers import MatchMarkers
 from ttt_compiler.passes.rewrite import RewriteFastWeights
 from ttt_compiler.passes.verify import Verify
 
+# What a compiled graph depends on; a changed report or command line keeps the caches.
+_COMPILED_ROOMS = ("passes", "codegen", "runtime")
+_COMPILED_FILES = ("backend.py", "compat.py", "spec.py")
+
 PASSES = (MatchMarkers, BindTargets, RewriteFastWeights, Verify)
 
 
@@ -57,6 +61,10 @@ def pipeline_uuid() -> str:
     digest = hashlib.sha256(torch.__version__.encode())
     for make in PASSES:
         digest.update(make().uuid().encode())
-    for path in sorted(Path(ttt_compiler.__file__).parent.rglob("*.py")):
-        digest.update(path.read_bytes())
+    package = Path(ttt_compiler.__file__).parent
+    for room in _COMPILED_ROOMS:
+        for path in sorted((package / room).rglob("*.py")):
+            digest.update(path.read_bytes())
+    for name in _COMPILED_FILES:
+        digest.update((package / name).read_bytes())
     return digest.hexdigest()

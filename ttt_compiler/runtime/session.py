@@ -11,7 +11,7 @@ import os
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ttt_compiler.errors import CacheError
 from ttt_compiler.runtime import snapshot
@@ -101,11 +101,14 @@ class Session:
             raise CacheError(f"evict(keep={keep}, sink={sink}): both must be at least 0")
         for layer in snapshot.plain_layers(self.cache, CacheError):
             length = layer.get_seq_length()
-            if length > sink + keep:
-                for name in ("keys", "values"):
-                    x = getattr(layer, name)
-                    kept = x[..., length - keep :, :] if sink == 0 else _ends(x, sink, length - keep)
-                    setattr(layer, name, kept.contiguous())
+            if length == 0:
+                continue
+            for name in ("keys", "values"):
+                x = getattr(layer, name)
+                if length > sink + keep:
+                    x = torch.cat([x[..., :sink, :], x[..., length - keep :, :]], dim=-2)
+                # One layout whether or not something was dropped: the next call guards on strides.
+                setattr(layer, name, x.contiguous())
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the session to ``path`` (safetensors with a JSON header), replacing a file atomically.
@@ -131,7 +134,3 @@ class Session:
             session.cache.ttt = state
             fill(session.cache)
         return session
-
-
-def _ends(x: Tensor, sink: int, start: int) -> Tensor:
-    return torch.cat([x[..., :sink, :], x[..., start:, :]], dim=-2)

@@ -59,10 +59,9 @@ def fast_weight_step(
     still = not bool(conv.any()) or spec.lr == 0.0
     rows = counts.tolist()
     runs = row_runs(pos, batch, length)
-    starts = [any(run.fresh for run in row) for row in runs]
-    if all(row[WRITES] == 0 or (length == 1 and fresh) for row, fresh in zip(rows, starts, strict=True)) and (
-        still
-        or all(_stays_in_chunk(row[SEEN], length, spec.chunk, r) for row, r in zip(rows, runs, strict=True))
+    if all(
+        _reads_only_w0(row, row_of_runs, length, spec.chunk, still)
+        for row, row_of_runs in zip(rows, runs, strict=True)
     ):
         # Nothing is, or will be, in any state that this call reads: the base model's own projection.
         y = static_apply(h, w0, bias)
@@ -78,9 +77,13 @@ def fast_weight_step(
     return y
 
 
-def _stays_in_chunk(seen: int, length: int, chunk: int, runs: list[Run]) -> bool:
-    """Whether no token of this call follows a chunk that this call completes."""
-    return len(runs) == 1 and not runs[0].fresh and seen % chunk + length <= chunk
+def _reads_only_w0(counts: list[int], runs: list[Run], length: int, chunk: int, still: bool) -> bool:
+    """Whether no token of the row reads a written matrix, from before this call or made by it."""
+    fresh = runs[0].fresh
+    if counts[WRITES] > 0 and not fresh:
+        return False
+    seen = 0 if fresh else counts[SEEN]
+    return still or (len(runs) == 1 and seen % chunk + length <= chunk)
 
 
 class _Row:
