@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ttt_compiler.conversion import disabled
+from ttt_compiler.runtime.cache import evict
 from ttt_compiler.runtime.session import Session
 
 
@@ -65,7 +66,7 @@ class WindowedReader:
                 past_key_values=self._cache,
                 use_cache=True,
             )
-        self._cut()
+        evict(self._cache.layers, self.window.keep, self.window.sink)
         self.seconds += time.perf_counter() - started
         logits: Tensor = out.logits[0]
         if self.last is not None:
@@ -82,19 +83,6 @@ class WindowedReader:
             rows.append(self.feed(torch.tensor(tokens[-1:]))[-1])
             tokens.append(int(rows[-1].argmax()))
         return tokens[:-1], torch.stack(rows)
-
-    def _cut(self) -> None:
-        keep, sink = self.window.keep, self.window.sink
-        if self.session is not None:
-            self.session.evict(keep=keep, sink=sink)
-        for layer in self._cache.layers:
-            for name in ("keys", "values"):
-                x = getattr(layer, name)
-                if x.shape[-2] > keep + sink:
-                    x = torch.cat([x[..., :sink, :], x[..., x.shape[-2] - keep :, :]], dim=-2)
-                # A compiled call returns them in a layout of its own choice; another layout in the
-                # next call would be compiled again.
-                setattr(layer, name, x.contiguous())
 
 
 def _plain_cache(model: nn.Module) -> Any:

@@ -8,8 +8,10 @@ transformers adds one. transformers is not imported: any object with these metho
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ttt_compiler.errors import CacheError
@@ -69,6 +71,18 @@ def attach_state(cache: Any, state: FastWeightState) -> Any:
             ) from e
     cache.ttt = state
     return cache
+
+
+def evict(layers: Iterable[Any], keep: int, sink: int) -> None:
+    """Drop keys and values ``[B, H, T, d]`` of every layer but for the first ``sink`` and last ``keep``."""
+    for layer in layers:
+        length = layer.get_seq_length()
+        for name in ("keys", "values") if length else ():
+            x = getattr(layer, name)
+            if length > sink + keep:
+                x = torch.cat([x[..., :sink, :], x[..., length - keep :, :]], dim=-2)
+            # One layout whether or not something was dropped: the next call guards on strides.
+            setattr(layer, name, x.contiguous())
 
 
 def is_carrier(cache: Any) -> bool:

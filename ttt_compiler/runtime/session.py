@@ -10,12 +10,11 @@ import copy
 import os
 from typing import Any
 
-import torch
 from torch import nn
 
 from ttt_compiler.errors import CacheError
 from ttt_compiler.runtime import snapshot
-from ttt_compiler.runtime.cache import attach_state
+from ttt_compiler.runtime.cache import attach_state, evict
 from ttt_compiler.runtime.root import require_root
 from ttt_compiler.runtime.state import FastWeightState
 
@@ -99,16 +98,7 @@ class Session:
         """
         if keep < 0 or sink < 0:
             raise CacheError(f"evict(keep={keep}, sink={sink}): both must be at least 0")
-        for layer in snapshot.plain_layers(self.cache, CacheError):
-            length = layer.get_seq_length()
-            if length == 0:
-                continue
-            for name in ("keys", "values"):
-                x = getattr(layer, name)
-                if length > sink + keep:
-                    x = torch.cat([x[..., :sink, :], x[..., length - keep :, :]], dim=-2)
-                # One layout whether or not something was dropped: the next call guards on strides.
-                setattr(layer, name, x.contiguous())
+        evict(snapshot.plain_layers(self.cache, CacheError), keep, sink)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the session to ``path`` (safetensors with a JSON header), replacing a file atomically.
