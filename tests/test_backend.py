@@ -10,7 +10,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 import ttt_compiler as ttt
 from tests import models
 from tests.tolerances import AUTOCAST, FP64, SEGMENTATION, assert_within_budget, relative_error
-from ttt_compiler import backend, compat
+from ttt_compiler import backend
 from ttt_compiler.errors import (
     AlreadyConvertedError,
     CacheError,
@@ -190,21 +190,23 @@ class TestRefusals:
             model(inputs_embeds=torch.randn(2, 9, 32), use_cache=False)
 
 
-def test_mode_is_honoured(monkeypatch):
+def test_mode_reaches_inductor(monkeypatch):
+    import torch._inductor.compile_fx as inductor
+
     seen = []
-    original = compat.inductor_compile
+    original = inductor.compile_fx
 
-    def spy(gm, inputs, *, mode, uuid):
-        seen.append(mode)
-        return original(gm, inputs, mode=mode, uuid=uuid)
+    def spy(gm, inputs, *, config_patches):
+        seen.append(config_patches)
+        return original(gm, inputs, config_patches=config_patches)
 
-    monkeypatch.setattr(compat, "inductor_compile", spy)
+    monkeypatch.setattr(inductor, "compile_fx", spy)
     model = models.converted()
     model.compile(backend="inplace_ttt", mode="reduce-overhead")
     tokens = models.ids(2, 9)
     with torch.no_grad():
         out = model(tokens, use_cache=False).logits
-    assert seen == ["reduce-overhead"]
+    assert [patches["triton.cudagraphs"] for patches in seen] == [True]
     assert relative_error(out, models.oracle(model, tokens)) < SEGMENTATION
 
 

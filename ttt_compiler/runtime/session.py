@@ -39,7 +39,6 @@ class Session:
 
     def __init__(self, model: nn.Module, batch_size: int = 1) -> None:
         self.model, self._root = require_root(model)
-        self.batch_size = batch_size
         state = self._root.new_state(batch_size)
         self.cache: Any = None
         self._state = state
@@ -50,6 +49,11 @@ class Session:
     def state(self) -> FastWeightState:
         """The fast weights of every row."""
         return self._state if self.cache is None else self.cache.ttt
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences that run side by side."""
+        return self.state.batch_size
 
     @property
     def tokens_seen(self) -> list[int]:
@@ -75,7 +79,7 @@ class Session:
     def fork(self) -> Session:
         """An independent session that stands where this one stands."""
         other = object.__new__(Session)
-        other.model, other._root, other.batch_size = self.model, self._root, self.batch_size
+        other.model, other._root = self.model, self._root
         other._state = self._state.clone() if self.cache is None else self._state
         other.cache = copy.deepcopy(self.cache)
         return other
