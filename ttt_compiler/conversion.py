@@ -87,10 +87,10 @@ def convert(
     chosen = check_sites(model, config, found)
     context = CallContext()
     specs = tuple(site_spec(config, mlp, found) for mlp in chosen)
-    for mlp, spec in zip(chosen, specs, strict=True):
-        owner = model.get_submodule(mlp.weight.rpartition(".")[0])
-        weight = model.get_parameter(mlp.weight)
-        attach(owner, spec, *_initial_parameters(model, spec, weight), context)
+    modules = {spec.key: model.get_submodule(spec.key.rpartition(".")[0]) for spec in specs}
+    for spec in specs:
+        weight = model.get_parameter(spec.key)
+        attach(modules[spec.key], spec, *_initial_parameters(model, spec, weight), context)
     for mlp in found.mlps:
         _seen_weights[model.get_parameter(mlp.weight)] = True
     _install(
@@ -98,7 +98,7 @@ def convert(
         Root(
             config=config,
             specs=specs,
-            modules={mlp.weight: model.get_submodule(mlp.weight.rpartition(".")[0]) for mlp in chosen},
+            modules=modules,
             transposed=frozenset(mlp.weight for mlp in chosen if mlp.transposed),
             context=context,
             slots=forward_slots(_plain_forward(model)),
