@@ -56,7 +56,7 @@ def randomize(model: nn.Module, scale: float = 0.3, seed: int = 2) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if name.rpartition(".")[2] in (CONV, PROJ):
+            if name.rpartition(".")[2].startswith((CONV, PROJ)):
                 p.copy_(torch.randn(p.shape, generator=generator) * scale)
     return model
 

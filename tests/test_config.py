@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from ttt_compiler.config import TTTConfig
+from ttt_compiler.discovery.choose_layers import block_indices, choose_layers
+from ttt_compiler.discovery.found import FoundMLP
 from ttt_compiler.errors import ConfigError, LayerSelectionError, TTTError
-from ttt_compiler.passes.choose_layers import block_indices, choose_layers
 from ttt_compiler.spec import SiteSpec
 
 KEYS = [f"model.layers.{i}.mlp.down_proj.weight" for i in range(8)]
@@ -58,6 +60,32 @@ def test_round_trip_and_version():
         TTTConfig.from_dict({})
 
 
+def chosen(layers):
+    mlps = [found_mlp(key) for key in KEYS]
+    return tuple(m.weight for m in choose_layers(TTTConfig(layers=layers), mlps))
+
+
+def found_mlp(weight):
+    return FoundMLP(
+        weight=weight,
+        d_model=8,
+        d_ff=12,
+        activation="silu",
+        gated=True,
+        kind="dense",
+        bias=False,
+        transposed=False,
+        block=0,
+        causal=True,
+        uses=1,
+        module=weight.rpartition(".")[0],
+        derived=False,
+        dtype=torch.float32,
+        time_major=False,
+        problem=None,
+    )
+
+
 @pytest.mark.parametrize(
     ("layers", "blocks"),
     [
@@ -66,19 +94,20 @@ def test_round_trip_and_version():
         ("every:3+1", [1, 4, 7]),
         ([5, 2, 2], [2, 5]),
         (["*.1.mlp*", "model.layers.7.*"], [1, 7]),
+        (lambda mlp: mlp.weight.endswith("3.mlp.down_proj.weight"), [3]),
     ],
 )
 def test_selectors(layers, blocks):
-    assert choose_layers(TTTConfig(layers=layers), KEYS) == tuple(KEYS[b] for b in blocks)
+    assert chosen(layers) == tuple(KEYS[b] for b in blocks)
 
 
 def test_a_block_that_does_not_exist_raises():
     with pytest.raises(LayerSelectionError, match=r"layers=8 matches no MLP.*0-7"):
-        choose_layers(TTTConfig(layers=[0, 8]), KEYS)
+        chosen([0, 8])
     with pytest.raises(LayerSelectionError, match="up_proj"):
-        choose_layers(TTTConfig(layers=["*up_proj*"]), KEYS)
+        chosen(["*up_proj*"])
     with pytest.raises(LayerSelectionError, match=r"selects none of the 8.*0-7"):
-        choose_layers(TTTConfig(layers="every:6+20"), KEYS)
+        chosen("every:6+20")
 
 
 def test_blocks_without_numbers_count_in_order():
@@ -87,6 +116,6 @@ def test_blocks_without_numbers_count_in_order():
 
 
 def test_spec_string_is_canonical():
-    spec = SiteSpec("k", 8, 12, 8, 4, 0.3, "hidden_states", True, 5)
+    spec = SiteSpec("m.weight", 8, 12, 8, 4, 0.3, "hidden_states", True, 5, module="m")
     assert SiteSpec.decode(spec.encode()) == spec
     assert spec.parameters_added == 8 * 5 + 64

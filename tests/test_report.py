@@ -49,7 +49,7 @@ def llama(**changes) -> LlamaForCausalLM:
 
 @pytest.fixture(scope="module")
 def spec() -> SiteSpec:
-    return SiteSpec("w", 8, 24, 6, 16, 0.3, "input_embed", True, 5)
+    return SiteSpec("w", 8, 24, 6, 16, 0.3, "input_embed", True, 5, module="")
 
 
 def test_flops_of_a_site(spec):

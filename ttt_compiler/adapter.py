@@ -25,7 +25,7 @@ from ttt_compiler.runtime.files import (
     write_tensors,
 )
 from ttt_compiler.runtime.root import Root, require_root, unwrap
-from ttt_compiler.spec import CONV, PROJ, SiteSpec
+from ttt_compiler.spec import SiteSpec
 
 FORMAT, VERSION = "ttt-adapter", 1
 CONFIG_FILE, TENSOR_FILE = "ttt_config.json", "ttt_model.safetensors"
@@ -94,12 +94,11 @@ def load_adapter(
 
 def _parameters(root: Root) -> dict[str, Tensor]:
     """Added parameters by the name that they got at conversion, wherever their module stands now."""
-    out = {}
-    for key, site in root.modules.items():
-        for name in (CONV, PROJ):
-            value = getattr(site, name)
+    out: dict[str, Tensor] = {}
+    for spec in root.specs:
+        for name, value in zip((spec.conv_name, spec.proj_name), root.parameters(spec), strict=True):
             if value is not None:
-                out[f"{key.rpartition('.')[0]}.{name}"] = value
+                out[spec.qualified(name)] = value
     return out
 
 
@@ -133,20 +132,28 @@ def _check_weights(
     """Names, shapes and dtypes of the file against the model's own weights."""
     if root is not None and root.specs != specs:
         raise AdapterError(f"{path}: was made for another model: its sites differ; the model is unchanged")
-    weights = dict(model.named_parameters(remove_duplicate=False))
+    weights: dict[str, Tensor] = {
+        **dict(model.named_buffers(remove_duplicate=False)),
+        **dict(model.named_parameters(remove_duplicate=False)),
+    }
     expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for spec in specs:
-        weight = weights.get(spec.key)
-        if weight is None or sorted(weight.shape) != sorted((spec.d_model, spec.d_ff)):
+        weight = weights.get(spec.weight)
+        fits = weight is not None and (
+            spec.derived or sorted(weight.shape) == sorted((spec.d_model, spec.d_ff))
+        )
+        if weight is None or not fits:
             raise AdapterError(
-                f"{path}: needs a weight {spec.key} of shape {(spec.d_model, spec.d_ff)}, which this "
-                "model lacks: it is "
-                "an adapter of another model; the model is unchanged"
+                f"{path}: needs a weight {spec.weight} of shape {(spec.d_model, spec.d_ff)}, which this "
+                "model lacks: it is an adapter of another model; the model is unchanged"
             )
-        owner = spec.key.rpartition(".")[0]
-        expected[f"{owner}.{CONV}"] = ((spec.d_target, 1, spec.conv_kernel), weight.dtype)
+        # A quantised weight's dtype says nothing about the activations that conv and P work on.
+        own = root.parameters(spec)[0].dtype if root is not None else None
+        conv = spec.qualified(spec.conv_name)
+        dtype = own or (tensors[conv].dtype if spec.derived and conv in tensors else weight.dtype)
+        expected[conv] = ((spec.d_target, 1, spec.conv_kernel), dtype)
         if spec.proj:
-            expected[f"{owner}.{PROJ}"] = ((spec.d_target, spec.d_model), weight.dtype)
+            expected[spec.qualified(spec.proj_name)] = ((spec.d_target, spec.d_model), dtype)
     expect_tensors(tensors, expected, path, AdapterError)
     for name, value in tensors.items():
         if not bool(value.isfinite().all()):

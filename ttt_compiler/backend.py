@@ -8,6 +8,7 @@ every call. May be changed here: what options mean. Importing this registers bot
 
 from __future__ import annotations
 
+import contextvars
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -23,6 +24,7 @@ from ttt_compiler.conversion import (
     convert,
     is_known_weight,
     is_region,
+    must_be_fast,
     region_context,
     root_of,
 )
@@ -30,6 +32,7 @@ from ttt_compiler.errors import (
     AlreadyConvertedError,
     CacheError,
     ConfigError,
+    GraphRewriteError,
     NotCompiledError,
     NotConvertedError,
 )
@@ -58,12 +61,37 @@ def inplace_ttt(
         GraphRewriteError: a chosen site cannot be rewritten.
     """
     parse_options(options, mode)
-    result = run_pipeline(gm)
-    if not result.state.sites:
-        _require_converted(gm, example_inputs, result)
+    result = _rewritten(gm, example_inputs)
     import ttt_compiler.codegen.lowering  # noqa: F401  (a second of imports that only compiling needs)
 
     return compat.inductor_compile(result.gm, example_inputs, mode=mode, uuid=pipeline_uuid())
+
+
+def inplace_ttt_eager(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """The same rewriting, without Inductor: the rewritten graph runs op by op.
+
+    For debugging and for tests of many models: what differs between the two backends is Inductor's.
+
+    Raises:
+        ConfigError, NotConvertedError, GraphRewriteError: as :func:`inplace_ttt`.
+    """
+    parse_options(options, mode)
+    forward: Callable[..., Any] = _rewritten(gm, example_inputs).gm.forward
+    return forward
+
+
+def _rewritten(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> PipelineResult:
+    if (call := _current.get()) is not None:
+        call[1].check_modules(call[0])
+    result = run_pipeline(gm)
+    _require_fast(example_inputs, result)
+    return result
 
 
 def parse_options(options: Mapping[str, Any] | None, mode: str | None) -> TTTConfig | None:
@@ -144,8 +172,12 @@ def bind(
         converted = True
         _check_same(module, root, config)
         kwargs, stateful = root.prepare(args, kwargs)
-        with call_mode(stateful):
-            return run(root.kind(args, kwargs), args, kwargs)
+        token = _current.set((module, root))
+        try:
+            with call_mode(stateful):
+                return run(root.kind(args, kwargs), args, kwargs)
+        finally:
+            _current.reset(token)
 
     setattr(entry, ENTRY, True)
     return entry
@@ -172,7 +204,7 @@ def _check_region(module: nn.Module, kwargs: Mapping[str, Any]) -> None:
 
 
 def _check_same(module: nn.Module, root: Root, config: TTTConfig | None) -> None:
-    if config is not None and config != root.config:
+    if config is not None and config not in (root.config, root.requested):
         raise AlreadyConvertedError(
             f"{type(module).__name__} is converted with {root.config}, but torch.compile was given "
             f"options for {config}. "
@@ -189,18 +221,31 @@ def _example_inputs(
     return args, kwargs
 
 
-def _require_converted(gm: fx.GraphModule, inputs: Sequence[Any], result: PipelineResult) -> None:
-    """A region with MLPs, but without markers, is right only when their model was converted."""
-    forked = dict(zip(result.gm.graph.find_nodes(op="placeholder"), inputs, strict=True))
+def _require_fast(inputs: Sequence[Any], result: PipelineResult) -> None:
+    """Every MLP whose weight was chosen must have been rewritten; one of no converted model is a mistake."""
+    given = dict(zip(result.gm.graph.find_nodes(op="placeholder"), inputs, strict=False))
+    rewritten = {site.mlp.contraction for site in result.state.sites}
     for site in result.state.report.sites:
-        weight = forked.get(site.top_weight)
-        if site.kind == "dense" and isinstance(weight, Tensor) and not is_known_weight(weight):
+        weight = given.get(site.top_weight)
+        if site.kind == "moe" or not isinstance(weight, Tensor) or site.contraction in rewritten:
+            continue
+        if must_be_fast(weight):
+            raise GraphRewriteError(
+                f"a fast-weight matrix of shape {tuple(weight.shape)} is applied here outside of the module "
+                "that it was converted in, so this call would miss what it has learned. Call the converted "
+                "model (or the module that holds the weight), or type ttt.revert(model)"
+            )
+        if not result.state.sites and not is_known_weight(weight):
             raise NotConvertedError(
                 "the compiled function holds the MLP of a model that was never converted. Type "
                 "ttt.convert(model, ttt.TTTConfig(...)) before compiling a function that calls it, "
-                "or compile "
-                'the model itself: torch.compile(model, backend="inplace_ttt")'
+                'or compile the model itself: torch.compile(model, backend="inplace_ttt")'
             )
 
 
-compat.install_compile_hook(inplace_ttt, bind, check_kwargs)
+# The converted model whose call is on its way, if any: a captured graph does not know it.
+_current: contextvars.ContextVar[tuple[nn.Module, Root] | None] = contextvars.ContextVar(
+    "ttt_current_call", default=None
+)
+
+compat.install_compile_hook((inplace_ttt, inplace_ttt_eager), bind, check_kwargs)

@@ -7,9 +7,10 @@ Checked on torch 2.13.0.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -40,11 +41,11 @@ def compiling_backend(context: Any) -> tuple[Any, Mapping[str, Any]]:
 
 
 def install_compile_hook(
-    backend: Callable[..., Any],
+    backends: Sequence[Callable[..., Any]],
     bind: Callable[[nn.Module, Callable[..., Any], CompileOne, Mapping[str, Any]], Callable[..., Any]],
     check: Callable[[Mapping[str, Any]], object],
 ) -> None:
-    """Let ``bind`` stand at the door of every module compiled with ``backend``.
+    """Let ``bind`` stand at the door of every module compiled with one of ``backends``.
 
     Why: a backend is called inside of a capture, where a model can no longer be prepared, and
     ``torch.compile(model).generate()`` runs the original module uncompiled. For a module, or its bound
@@ -65,7 +66,7 @@ def install_compile_hook(
     @functools.wraps(original)
     def hooked(self: Any, fn: Any) -> Any:
         compiler_fn, backend_kwargs = compiling_backend(self)
-        if compiler_fn is not backend:
+        if compiler_fn not in backends:
             return original(self, fn)
         check(backend_kwargs)
         if isinstance(fn, OptimizedModule):
@@ -204,6 +205,58 @@ def _cache_key_tag(uuid: str) -> Any:
             return uuid
 
     return CacheKeyTag()
+
+
+@contextlib.contextmanager
+def visible_mlps() -> Iterator[None]:
+    """Without the fused kernel that ``nn.TransformerEncoderLayer`` is in evaluation mode."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    if not before:
+        yield
+        return
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def is_wrapper_tensor(value: object) -> bool:
+    """Whether a tensor is a subclass around other tensors (a quantised weight). Checked on 2.13."""
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    return is_traceable_wrapper_subclass(value)
+
+
+def inner_tensor(value: Any) -> str:
+    """Path of attributes from a wrapper tensor to a plain tensor in it; empty for a plain one.
+
+    Checked on 2.13: ``__tensor_flatten__`` names the inner tensors.
+    """
+    path = []
+    while is_wrapper_tensor(value):
+        path.append(value.__tensor_flatten__()[0][0])
+        value = getattr(value, path[-1])
+    return ".".join(path)
+
+
+def wrapper_of(node: fx.Node) -> fx.Node | None:
+    """The graph input that is the wrapper tensor of which ``node``, a graph input too, is a part.
+
+    Checked on 2.13: Dynamo lifts an inner tensor as an input of its own, whose ``_dynamo_source`` leads to
+    the wrapper's by ``base``.
+    """
+    bases = set()
+    source = getattr(node, "_dynamo_source", None)
+    while (source := getattr(source, "base", None)) is not None:
+        bases.add(source.name)
+    inputs: Any = node.graph.find_nodes(op="placeholder")
+    for other in inputs:
+        source = getattr(other, "_dynamo_source", None)
+        if source is not None and source.name in bases and is_wrapper_tensor(meta_tensor(other)):
+            found: fx.Node = other
+            return found
+    return None
 
 
 def meta_tensor(node: fx.Node) -> Tensor | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,10 @@ VERSION = 1
 TARGETS = ("hidden_states", "input_embed")
 _EVERY = re.compile(r"every:(\d+)(?:\+(\d+))?")
 
-Layers = str | tuple[int, ...] | tuple[str, ...]
+EXPERTS = ("shared", "none")
+
+# A function gets one :class:`ttt_compiler.discovery.found.FoundMLP` and says whether to choose it.
+Layers = str | tuple[int, ...] | tuple[str, ...] | Callable[[Any], bool]
 
 
 @dataclass(frozen=True)
@@ -28,13 +31,16 @@ class TTTConfig:
 
     Attributes:
         layers: which blocks: ``"all"``, ``"every:k"``, ``"every:k+offset"``, a sequence of block indices
-            (0-based), or a sequence of glob patterns over the weights' names.
+            (0-based), a sequence of glob patterns over the weights' names, or a function of one found MLP
+            that says whether to choose it (stored as the names it chose).
         chunk_size: C, tokens per write. The paper's ablation is best at 512 and 1024.
         lr: eta in ``W += eta * v^T h``.
         target: what ``v`` is computed from: ``"hidden_states"`` (the MLP's own input) or
             ``"input_embed"`` (the token embeddings).
         proj: whether ``v = conv(t) @ P`` has the projection P, or is ``conv(t)`` alone.
         conv_kernel: taps of the depthwise convolution; odd, centred on the token.
+        experts: what becomes of mixtures of experts: ``"shared"`` lets ``layers`` choose experts that see
+            every token, ``"none"`` leaves them alone. Routed experts are always left alone.
     """
 
     layers: Layers = "every:6"
@@ -43,6 +49,7 @@ class TTTConfig:
     target: str = "hidden_states"
     proj: bool = True
     conv_kernel: int = 5
+    experts: str = "shared"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", _checked_layers(self.layers))
@@ -59,6 +66,11 @@ class TTTConfig:
         object.__setattr__(self, "lr", float(self.lr))
         if self.target not in TARGETS:
             raise ConfigError(f"target={self.target!r} must be one of {', '.join(map(repr, TARGETS))}")
+        if self.experts not in EXPERTS:
+            raise ConfigError(
+                f"experts={self.experts!r} must be one of {', '.join(map(repr, EXPERTS))}. Routed experts "
+                "cannot hold fast weights yet (see docs/experts.md)"
+            )
         if not isinstance(self.proj, bool):
             raise ConfigError(f"proj={self.proj!r} must be True or False")
 
@@ -78,7 +90,13 @@ class TTTConfig:
         return cls(**dict(options))
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form with the version stamp."""
+        """JSON-ready form with the version stamp.
+
+        Raises:
+            ConfigError: ``layers`` is a function; a converted model's own config holds names instead.
+        """
+        if callable(self.layers):
+            raise ConfigError("layers is a function, which cannot be stored; a converted model's config can")
         fields = dataclasses.asdict(self)
         if not isinstance(self.layers, str):
             fields["layers"] = list(self.layers)
@@ -119,6 +137,8 @@ def _check_int(name: str, value: object, *, minimum: int) -> None:
 
 
 def _checked_layers(layers: object) -> Layers:
+    if callable(layers):
+        return layers
     if isinstance(layers, str):
         match = _EVERY.fullmatch(layers)
         if layers == "all" or (match and int(match[1]) > 0):

@@ -8,25 +8,28 @@ optimiser is built, and puts the call boundary on the model. It computes nothing
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
+import glob
+import itertools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ttt_compiler.codegen.ops import require_cpu
-from ttt_compiler.compat import forget_compiled_call, known_parameters
+from ttt_compiler.compat import forget_compiled_call, inner_tensor, known_parameters
 from ttt_compiler.config import TTTConfig
 from ttt_compiler.discover import Discovery, FoundMLP, Inputs, discover
+from ttt_compiler.discovery.choose_layers import choose_layers
 from ttt_compiler.errors import (
     AlreadyConvertedError,
     NoMLPFoundError,
     NonCausalModelError,
     UnsupportedModelError,
 )
-from ttt_compiler.passes.choose_layers import choose_layers
 from ttt_compiler.runtime.root import (
     NAME,
     STATE_ARGUMENT,
@@ -37,12 +40,25 @@ from ttt_compiler.runtime.root import (
     require_root,
     unwrap,
 )
-from ttt_compiler.runtime.site import CallContext, FastWeightSite, attach, detach
-from ttt_compiler.spec import SiteSpec
+from ttt_compiler.runtime.site import (
+    CallContext,
+    FastWeightSite,
+    SiteGroup,
+    add_parameters,
+    attach,
+    detach,
+    remove_parameters,
+)
+from ttt_compiler.spec import SiteSpec, site_key
 
-# Weights of MLPs that some conversion has seen, chosen or not: a compiled region that holds only
-# unchosen ones is right without markers.
+# Weights of MLPs that some conversion has seen, with the context of those that it chose: a compiled
+# region that holds only unchosen ones is right without markers, one with a chosen one is not.
 _seen_weights = known_parameters()
+
+ROUTED = (
+    "routed experts see tokens in expert order, not in sequence order; they are left alone "
+    "(see docs/experts.md)"
+)
 
 # Marks the callable that ``torch.compile`` returned for a model's forward.
 ENTRY = "_ttt_entry"
@@ -77,7 +93,7 @@ def convert(
     model = unwrap(model)
     root = root_of(model)
     if root is not None:
-        if root.config == config:
+        if config in (root.requested, root.config):
             return model
         raise AlreadyConvertedError(
             f"{type(model).__name__} is already converted with {root.config}. Type ttt.revert(model) first"
@@ -85,18 +101,25 @@ def convert(
     check_model(model)
     found = discover(model, example_inputs)
     chosen = check_sites(model, config, found)
+    requested, config = config, named_layers(config, chosen)
+    specs = tuple(spec for mlp in chosen for spec in site_specs(config, mlp, found, model))
+    modules = {spec.key: model.get_submodule(spec.module) for spec in specs}
+    weights = {mlp.weight: mlp for mlp in chosen}
     context = CallContext()
-    specs = tuple(site_spec(config, mlp, found) for mlp in chosen)
-    modules = {spec.key: model.get_submodule(spec.key.rpartition(".")[0]) for spec in specs}
     for spec in specs:
-        weight = model.get_parameter(spec.key)
-        attach(modules[spec.key], spec, *_initial_parameters(model, spec, weight), context)
+        if spec.use == 0:
+            added = _initial_parameters(model, spec, weights[spec.weight].dtype)
+            add_parameters(modules[spec.key], spec, *added)
+    for name in dict.fromkeys(spec.module for spec in specs if spec.module):
+        group = SiteGroup(s for s in specs if s.module == name)
+        attach(model.get_submodule(name), group, context)
     for mlp in found.mlps:
-        _seen_weights[model.get_parameter(mlp.weight)] = True
+        _seen_weights[tensor_of(model, mlp.weight)] = context if mlp in chosen else None
     _install(
         model,
         Root(
             config=config,
+            requested=requested,
             specs=specs,
             modules=modules,
             transposed=frozenset(mlp.weight for mlp in chosen if mlp.transposed),
@@ -115,15 +138,17 @@ def revert(model: nn.Module) -> nn.Module:
         NotConvertedError: the model carries no fast weights.
     """
     model, root = require_root(model)
-    for site in root.modules.values():
-        detach(site)
+    for spec in root.specs:
+        remove_parameters(root.modules[spec.key], spec)
+        if isinstance(root.modules[spec.key], FastWeightSite):
+            detach(root.modules[spec.key])
     if model.__dict__.get("forward") is root.forward:
         del model.forward
     if OWN_FORWARD in model.__dict__:
         model.forward = model.__dict__.pop(OWN_FORWARD)
     delattr(model, NAME)
-    for parameter in model.parameters():
-        _seen_weights.pop(parameter, None)
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        _seen_weights.pop(tensor, None)
     # What was compiled with the markers must not run again.
     forget_compiled_call(model)
     return model
@@ -167,52 +192,65 @@ def is_known_weight(weight: Tensor) -> bool:
     return weight in _seen_weights
 
 
+def must_be_fast(weight: Tensor) -> bool:
+    """Whether this weight was chosen, and its model is not disabled at the moment."""
+    context = _seen_weights.get(weight)
+    return context is not None and context.enabled
+
+
+def tensor_of(model: nn.Module, name: str) -> Tensor:
+    """A parameter or buffer by its name."""
+    owner, _, leaf = name.rpartition(".")
+    found: Tensor = getattr(model.get_submodule(owner), leaf)
+    return found
+
+
 def check_sites(model: nn.Module, config: TTTConfig, found: Discovery) -> list[FoundMLP]:
     """The MLPs that ``config`` chooses, each checked.
 
     Raises:
         NoMLPFoundError, LayerSelectionError, NonCausalModelError, UnsupportedModelError.
     """
-    dense = [m for m in found.mlps if m.kind == "dense"]
-    if not dense:
+    candidates = candidates_of(config, found)
+    if not candidates:
         raise NoMLPFoundError(_nothing_found(model, found))
-    keys = choose_layers(config, [m.weight for m in dense])
-    chosen = [m for m in dense if m.weight in keys]
+    chosen = choose_layers(config, candidates)
     for mlp in chosen:
         reason = why_not(model, config, mlp, found)
         if reason is not None:
             error = NonCausalModelError if mlp.causal is False else UnsupportedModelError
             raise error(f"{mlp.weight}: {reason}")
-    return chosen
+    return list(chosen)
+
+
+def candidates_of(config: TTTConfig, found: Discovery) -> list[FoundMLP]:
+    """The MLPs among which ``config.layers`` chooses."""
+    kinds = ("dense", "shared") if config.experts == "shared" else ("dense",)
+    return [m for m in found.mlps if m.kind in kinds]
+
+
+def named_layers(config: TTTConfig, chosen: Sequence[FoundMLP]) -> TTTConfig:
+    """``config`` in a form that can be stored: a function in ``layers`` becomes the names it chose."""
+    if not callable(config.layers):
+        return config
+    return dataclasses.replace(config, layers=tuple(glob.escape(mlp.weight) for mlp in chosen))
 
 
 def why_not(model: nn.Module, config: TTTConfig, mlp: FoundMLP, found: Discovery) -> str | None:
     """Why this MLP cannot become a fast weight under ``config``, or None."""
-    if mlp.kind != "dense":
-        return "routed experts see tokens in expert order, not in sequence order; they are left alone"
-    if mlp.causal is False:
-        return (
-            "it sees later tokens (bidirectional attention), so what it writes would leak into "
-            "earlier outputs. "
-            "In-Place TTT needs a causal decoder"
-        )
-    if mlp.uses > 1:
-        return (
-            f"its weight is shared by {mlp.uses} places of the model; one state per place is not "
-            "supported yet"
-        )
+    if mlp.kind == "moe":
+        return ROUTED
+    if mlp.kind == "shared" and config.experts == "none":
+        return 'a shared expert, left out by experts="none"'
+    if mlp.problem is not None:
+        return mlp.problem
     if mlp.weight.startswith("<"):
         return "its weight is not a parameter of the model"
-    owner = model.get_submodule(mlp.weight.rpartition(".")[0])
-    if next(owner.children(), None) is not None or mlp.weight.rpartition(".")[2] != "weight":
-        return (
-            f"its weight is owned by {type(owner).__name__}, which is no linear layer by itself; only "
-            "weights of "
-            "linear-like layers (forward(h) -> projection) can be converted yet"
-        )
     if config.target == "input_embed":
         if found.embed_width is None:
             return 'target="input_embed" needs one token-embedding look-up, and the model has none or several'
+        if mlp.time_major:
+            return 'it sees tokens before rows ([T, B, ..]), which target="input_embed" does not'
         if not config.proj and found.embed_width != mlp.d_model:
             return (
                 f"embeddings are {found.embed_width} wide, the output {mlp.d_model}: proj=False cannot "
@@ -238,13 +276,19 @@ def check_model(model: nn.Module) -> None:
         )
     for parameter in model.parameters():
         require_cpu(parameter.device, type(model).__name__)
+        if parameter.is_meta:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has parameters on the meta device: conversion initialises P "
+                "and looks at the weights. Load them first (from_pretrained, or "
+                "model.to_empty(device='cpu') and load_state_dict), then convert"
+            )
 
 
-def site_spec(config: TTTConfig, mlp: FoundMLP, found: Discovery) -> SiteSpec:
-    """The constants of one site."""
+def site_specs(config: TTTConfig, mlp: FoundMLP, found: Discovery, model: nn.Module) -> tuple[SiteSpec, ...]:
+    """The constants of every place that applies the weight of ``mlp``."""
     width = mlp.d_model if config.target == "hidden_states" else found.embed_width
     assert width is not None, "check_sites refuses input_embed without embeddings"
-    return SiteSpec(
+    first = SiteSpec(
         key=mlp.weight,
         d_model=mlp.d_model,
         d_ff=mlp.d_ff,
@@ -254,21 +298,27 @@ def site_spec(config: TTTConfig, mlp: FoundMLP, found: Discovery) -> SiteSpec:
         target=config.target,
         proj=config.proj,
         conv_kernel=config.conv_kernel,
+        module=mlp.module,
+        time_major=mlp.time_major,
+        derived=mlp.derived,
+        inner=inner_tensor(tensor_of(model, mlp.weight)),
     )
+    return tuple(dataclasses.replace(first, key=site_key(mlp.weight, use)) for use in range(mlp.uses))
 
 
 def _initial_parameters(
-    model: nn.Module, spec: SiteSpec, weight: Tensor
+    model: nn.Module, spec: SiteSpec, dtype: torch.dtype
 ) -> tuple[nn.Parameter, nn.Parameter | None]:
     """conv = 0 and a diagonal P (paper appendix C.3): nothing is written until conv is trained.
 
     Both are trainable on a frozen model too: training them alone is the ordinary adapter recipe.
     """
-    conv = nn.Parameter(weight.new_zeros(spec.d_target, 1, spec.conv_kernel))
+    device = tensor_of(model, spec.weight).device
+    conv = nn.Parameter(torch.zeros(spec.d_target, 1, spec.conv_kernel, dtype=dtype, device=device))
     if not spec.proj:
         return conv, None
     std = float(getattr(getattr(model, "config", None), "initializer_range", None) or 0.02)
-    proj = weight.new_zeros(spec.d_target, spec.d_model)
+    proj = torch.zeros(spec.d_target, spec.d_model, dtype=dtype, device=device)
     proj.diagonal().normal_(0.0, std)
     return conv, nn.Parameter(proj)
 
@@ -296,7 +346,7 @@ def _install(model: nn.Module, root: Root) -> None:
         if not here.context.enabled:
             kwargs.pop(STATE_ARGUMENT, None)
             return inner(self, *args, **kwargs)
-        here.enter(args, kwargs)
+        here.enter(self, args, kwargs)
         out = inner(self, *args, **kwargs)
         here.leave()
         return out
@@ -341,7 +391,7 @@ def _nothing_found(model: nn.Module, found: Discovery) -> str:
     lines = [
         f"no MLP down-projection found in {type(model).__name__} ({found.graphs} captured graphs). Refused:"
     ]
-    lines += [f"  {m.weight}: routed experts are left alone" for m in found.mlps if m.kind != "dense"]
+    lines += [f"  {m.weight}: {ROUTED}" for m in found.mlps if m.kind == "moe"]
     lines += [f"  {name or '<unnamed>'}: {reason}" for name, reason in found.rejections]
     lines.append(
         "An MLP is a projection D -> F, a nonlinearity, and a projection F -> D into the residual stream"

@@ -24,7 +24,6 @@ from ttt_compiler.pretrained import load_pretrained
 from ttt_compiler.report import Report, explain
 from ttt_compiler.runtime.root import require_root
 from ttt_compiler.runtime.session import Session
-from ttt_compiler.spec import CONV, PROJ
 from ttt_compiler.windowed import Window, WindowedReader
 
 # How far the first chunk moves W under a random adapter: visible, and far from breaking the model.
@@ -242,8 +241,7 @@ def _scale_to(model: nn.Module, session: Session, drift: float) -> None:
 
 def _adapter_parameters(model: nn.Module) -> dict[str, tuple[Tensor, Tensor | None]]:
     root = require_root(model)[1]
-    owners = root.modules
-    return {key: (getattr(owner, CONV), getattr(owner, PROJ)) for key, owner in owners.items()}
+    return {spec.key: root.parameters(spec) for spec in root.specs}
 
 
 def _warm_up(model: nn.Module, ids: Tensor, options: DemoOptions, track: Track) -> None:

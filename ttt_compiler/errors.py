@@ -48,6 +48,10 @@ class AlreadyConvertedError(TTTError):
     """The model already carries fast weights under another configuration."""
 
 
+class ConversionLostError(TTTError):
+    """A part of a converted model was replaced, and its fast weights with it."""
+
+
 class NotCompiledError(TTTError, RuntimeError):
     """A converted model was run without ``backend="inplace_ttt"``."""
 

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from ttt_compiler import conversion
@@ -24,8 +25,8 @@ from ttt_compiler.codegen.cost_model import (
 )
 from ttt_compiler.config import TTTConfig
 from ttt_compiler.discover import Discovery, FoundMLP, Inputs, discover
+from ttt_compiler.discovery.choose_layers import block_indices, choose_layers
 from ttt_compiler.errors import NoMLPFoundError
-from ttt_compiler.passes.choose_layers import block_indices, choose_layers
 from ttt_compiler.runtime.root import Root, unwrap
 from ttt_compiler.runtime.state import bytes_per_sequence
 from ttt_compiler.spec import SiteSpec
@@ -172,7 +173,7 @@ def _explain_unconverted(
 ) -> Report:
     report = Report(
         model=type(model).__name__,
-        config=config.to_dict(),
+        config=_shown(config),
         target_source=_target_source(config),
     )
     try:
@@ -191,14 +192,19 @@ def _explain_unconverted(
     except Exception as e:
         problems.append(_problem(e))
     try:
-        keys = choose_layers(config, [m.weight for m in found.mlps if m.kind == "dense"])
+        keys = tuple(m.weight for m in choose_layers(config, conversion.candidates_of(config, found)))
     except Exception as e:
         # check_sites has said the same unless it failed for another reason first.
-        if _problem(e) not in problems and any(m.kind == "dense" for m in found.mlps):
+        if _problem(e) not in problems and conversion.candidates_of(config, found):
             problems.append(_problem(e))
     reasons = {m.weight: _reason(model, config, m, found, keys) for m in found.mlps}
     rows = tuple(_row(m, reasons[m.weight]) for m in found.mlps)
-    specs = [conversion.site_spec(config, m, found) for m in found.mlps if reasons[m.weight] is None]
+    specs = [
+        spec
+        for m in found.mlps
+        if reasons[m.weight] is None
+        for spec in conversion.site_specs(config, m, found, model)
+    ]
     return _with_costs(dataclasses.replace(report, rows=rows), model, specs, problems)
 
 
@@ -209,7 +215,7 @@ def _explain_converted(model: nn.Module, root: Root, inputs: Inputs | None, prob
         config=root.config.to_dict(),
         target_source=_target_source(root.config),
     )
-    keys = tuple(spec.key for spec in root.specs)
+    keys = tuple(spec.weight for spec in root.specs)
     try:
         with conversion.disabled(model):
             found = discover(model, inputs)
@@ -229,17 +235,26 @@ def _with_costs(report: Report, model: nn.Module, specs: Sequence[SiteSpec], pro
     if not specs:
         return report
     try:
-        weight = model.get_parameter(specs[0].key)
+        weight = conversion.tensor_of(model, specs[0].weight)
+        dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
         return dataclasses.replace(
             report,
             parameters_added=sum(s.parameters_added for s in specs),
-            state_bytes=bytes_per_sequence(specs, weight.dtype),
+            state_bytes=bytes_per_sequence(specs, dtype),
             flops_overhead_percent=overhead_percent(specs, linear_parameters(model)),
-            lowering=lowering_name(specs[0], weight.device, weight.dtype),
+            lowering=lowering_name(specs[0], weight.device, dtype),
         )
     except Exception as e:
         problems.append(_problem(e))
         return report
+
+
+def _shown(config: TTTConfig) -> dict[str, Any]:
+    """The configuration, JSON-ready even when a function chooses the layers."""
+    if not callable(config.layers):
+        return config.to_dict()
+    name = getattr(config.layers, "__name__", type(config.layers).__name__)
+    return {**dataclasses.replace(config, layers="all").to_dict(), "layers": f"<function {name}>"}
 
 
 def _reason(
@@ -263,8 +278,7 @@ def _row(mlp: FoundMLP, reason: str | None) -> Row:
         bias=mlp.bias,
         chosen=reason is None,
         reason=reason,
-        # Experts get tokens in an order of their own, so the probe says nothing about them.
-        causal=mlp.causal if mlp.kind == "dense" else None,
+        causal=mlp.causal,
     )
 
 

@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-# Names of the added parameters on the module that owns the weight.
+# Names of the parameters added for a site whose module owns the weight under the name "weight".
 CONV, PROJ = "ttt_conv", "ttt_proj"
+# Separates the weight's name from the number of its use; no module name of any framework holds it.
+_USE = "@"
 
 
 @dataclass(frozen=True)
 class SiteSpec:
-    """One fast-weight site.
+    """One fast-weight site: one place where one weight is applied.
 
     Attributes:
-        key: the weight's name in its model; unique per site.
+        key: the weight's name in its model, with ``@k`` behind it at the k-th further place that uses the
+            same weight; unique per site.
         d_model: D, width of the site's output.
         d_ff: F, width of the hidden activation ``h``.
         d_target: width of the target source ``t``.
@@ -28,6 +33,12 @@ class SiteSpec:
         target: ``"hidden_states"`` or ``"input_embed"``.
         proj: whether P exists.
         conv_kernel: taps of the convolution.
+        module: name of the module whose forward contains the projection and which holds the added
+            parameters; ``""`` is the model itself.
+        time_major: whether tokens come before rows inside of the model (``[T, B, ..]``).
+        derived: whether W0 is computed from the weight in forward (quantised, parametrised, sliced).
+        inner: for a weight that wraps other tensors, the path to a plain one in it; custom ops take no
+            wrappers.
     """
 
     key: str
@@ -39,6 +50,10 @@ class SiteSpec:
     target: str
     proj: bool
     conv_kernel: int
+    module: str
+    time_major: bool = False
+    derived: bool = False
+    inner: str = ""
 
     def encode(self) -> str:
         """Canonical string form: equal specs give equal strings."""
@@ -46,10 +61,61 @@ class SiteSpec:
 
     @classmethod
     def decode(cls, text: str) -> SiteSpec:
-        """Inverse of :meth:`encode`."""
-        return cls(**json.loads(text))
+        """Inverse of :meth:`encode`; files written before sites named their module are read too."""
+        fields: dict[str, Any] = json.loads(text)
+        fields.setdefault("module", str(fields.get("key", "")).rpartition(".")[0])
+        return cls(**fields)
+
+    @property
+    def weight(self) -> str:
+        """The weight's name in its model; several sites may share one."""
+        return self.key.partition(_USE)[0]
+
+    @property
+    def weight_in_module(self) -> str:
+        """The weight's name as seen from ``module``."""
+        return self.weight.removeprefix(f"{self.module}.") if self.module else self.weight
+
+    @property
+    def use(self) -> int:
+        """Which place of those that share the weight, in the order of the forward pass."""
+        return int(self.key.partition(_USE)[2] or 0)
+
+    @property
+    def conv_name(self) -> str:
+        """Name of the added convolution on ``module``."""
+        return CONV + self._suffix
+
+    @property
+    def proj_name(self) -> str:
+        """Name of the added projection on ``module``."""
+        return PROJ + self._suffix
+
+    @property
+    def _suffix(self) -> str:
+        name = self.weight_in_module
+        return "" if name == "weight" else "_" + name.replace(".", "_")
+
+    def qualified(self, name: str) -> str:
+        """Name in the model of something that ``module`` holds."""
+        return f"{self.module}.{name}" if self.module else name
 
     @property
     def parameters_added(self) -> int:
-        """Scalars in conv and P."""
+        """Scalars in conv and P; none for a further place of the same weight."""
+        if self.use:
+            return 0
         return self.d_target * self.conv_kernel + (self.d_target * self.d_model if self.proj else 0)
+
+
+def site_key(weight: str, use: int) -> str:
+    """The key of the ``use``-th place that applies ``weight``."""
+    return f"{weight}{_USE}{use}" if use else weight
+
+
+def same_sites(encoded: object, specs: Sequence[SiteSpec]) -> bool:
+    """Whether a list of encoded specs, read from a file, describes exactly ``specs``."""
+    try:
+        return isinstance(encoded, list) and tuple(SiteSpec.decode(s) for s in encoded) == tuple(specs)
+    except (TypeError, ValueError, AttributeError):
+        return False

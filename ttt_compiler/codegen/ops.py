@@ -1,8 +1,9 @@
 """Schemas, fakes and autograd formulas of the fast-weight ops (namespace ``ttt``).
 
-- ``ttt::site``: the marker that conversion puts in front of a down-projection. It only exists to carry
-  parameters, positions and state into the captured graph; the rewrite pass removes it. Running it means
-  that the model is not compiled with our backend, so its kernel raises.
+- ``ttt::site``: the marker that conversion emits in front of a module that applies a chosen weight. It
+  only exists to carry parameters, positions and state into the captured graph, and names the weight by
+  being given it; the rewrite pass removes it. Running it means that the model is not compiled with our
+  backend, so its kernel raises. It returns its first argument.
 - ``ttt::chunk_conv``, ``ttt::chunk_scan`` (+ their backward ops): the stateless, differentiable form.
 - ``ttt::fast_weight_step``: the stateful form; mutates the running sequence's tensors.
 
@@ -26,7 +27,7 @@ from ttt_compiler.spec import SiteSpec
 _lib = torch.library.Library("ttt", "DEF")
 
 _lib.define(
-    "site(Tensor h, str spec, Tensor conv, Tensor? proj, Tensor? pos, "
+    "site(Tensor x, Tensor weight, str spec, Tensor conv, Tensor? proj, Tensor? tokens, Tensor? pos, "
     "Tensor? w, Tensor? tail_h, Tensor? tail_t, Tensor? counts) -> Tensor"
 )
 _lib.define("chunk_conv(Tensor t, Tensor conv, Tensor? pos, int chunk) -> Tensor")
@@ -50,7 +51,7 @@ KERNEL_OPS = (
 )
 
 
-def _site(h: Tensor, spec: str, *_: object) -> Tensor:
+def _site(x: Tensor, weight: Tensor, spec: str, *_: object) -> Tensor:
     raise NotCompiledError(
         f"{SiteSpec.decode(spec).key} is a fast-weight layer, but this call does not run through "
         'backend="inplace_ttt". Type model.compile(backend="inplace_ttt") once, then call the model (or '
@@ -99,8 +100,8 @@ def require_cpu(device: torch.device, where: str) -> None:
 
 
 @torch.library.register_fake("ttt::site", lib=_lib)
-def _(h: Tensor, *_: object) -> Tensor:
-    return torch.empty_like(h)
+def _(x: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(x)
 
 
 @torch.library.register_fake("ttt::chunk_conv", lib=_lib)

@@ -21,19 +21,29 @@ MARKER = "ttt::site"
 
 @dataclass(eq=False)
 class BoundSite:
-    """A marker, the projection it stands for, and (after binding) where its target comes from.
+    """A marker, the projection it stands for, and (after binding) what the projection gets from it.
 
     Attributes:
         marker: the ``ttt::site`` node.
-        mlp: the detected MLP whose hidden activation the marker carries.
+        mlp: the detected MLP that applies the marker's weight.
         spec: the constants that travelled in the marker.
-        target: the node that holds t, in the same graph as the marker; None before binding.
+        target: the node that holds t; None before binding. Like all below in the projection's own graph.
+        conv: the convolution's taps.
+        proj: P or None.
+        tokens: a tensor ``[B, T, ..]`` or None.
+        pos: positions or None.
+        state: the running sequences' tensors, or four times None.
     """
 
     marker: fx.Node
     mlp: MLPSite
     spec: SiteSpec
     target: fx.Node | None = None
+    conv: fx.Node | None = None
+    proj: fx.Node | None = None
+    tokens: fx.Node | None = None
+    pos: fx.Node | None = None
+    state: tuple[fx.Node | None, ...] = ()
 
 
 @dataclass(eq=False)

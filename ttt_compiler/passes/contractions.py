@@ -23,7 +23,8 @@ from .op_classes import OpClass
 class Contraction:
     """``data [..., d_in]`` times a weight gives ``node [..., d_out]``.
 
-    ``transposed`` is about the *root* weight: True when it is stored ``[d_in, d_out]``.
+    ``transposed`` is about the *root* weight, ``operand_transposed`` about the operand as the operation
+    gets it: True when it is ``[d_in, d_out]``.
     """
 
     node: fx.Node
@@ -35,6 +36,7 @@ class Contraction:
     d_in: int
     d_out: int
     transposed: bool
+    operand_transposed: bool
     kind: str  # "dense" | "moe"
 
 
@@ -133,6 +135,7 @@ def _recognise(view: GraphView, node: fx.Node) -> Contraction | None:
         d_in=d_in,
         d_out=d_out,
         transposed=in_before_out != bool(swaps % 2),
+        operand_transposed=in_before_out,
         kind="moe" if routed or batched else "dense",
     )
 

@@ -45,8 +45,11 @@ class MLPSite:
 
     ``graph_module`` is the module whose graph holds the nodes: the captured one or the body of a
     higher-order operator. ``h`` is the data operand exactly as passed, ``x`` the value all
-    up-projections read, behind casts, views and dropout. ``transposed`` tells that the root
-    ``weight`` is stored ``[d_ff, d_model]``; ``bias`` is given only if the contraction adds it.
+    up-projections read, behind casts, views and dropout, ``x_operand`` the same as one of
+    them gets it. ``transposed`` tells that the root
+    ``weight`` is stored ``[d_ff, d_model]``, ``operand_transposed`` that ``weight_operand`` (what the
+    contraction gets: the root, a view of it, or a value computed from it) is; ``bias`` is given only if
+    the contraction adds it.
 
     ``top_weight`` is the weight's placeholder in the outermost graph: the node whose source and
     example input identify the parameter when the site lies in a body (else it is ``weight``). A
@@ -57,9 +60,11 @@ class MLPSite:
     contraction: fx.Node
     h: fx.Node
     x: fx.Node
+    x_operand: fx.Node
     weight: fx.Node
     weight_operand: fx.Node
     transposed: bool
+    operand_transposed: bool
     bias: fx.Node | None
     d_model: int
     d_ff: int
@@ -163,9 +168,11 @@ class _Finder:
             contraction=down.node,
             h=down.h,
             x=cone.x,
+            x_operand=cone.x_operand,
             weight=down.weight,
             weight_operand=down.weight_operand,
             transposed=down.transposed,
+            operand_transposed=down.operand_transposed,
             bias=down.bias,
             d_model=down.d_out,
             d_ff=down.d_in,

@@ -1,21 +1,20 @@
 """Pass: find the MLPs of a graph by dataflow and pair them with the markers that conversion placed.
 
-The marker says *that* a projection was chosen, dataflow says *which* contraction it is and what feeds it.
-May be changed here: how the two are paired.
+The marker says *that* a weight was chosen, dataflow says *which* contractions apply it and what feeds them.
+The weight pairs the two: it is the same node for both. May be changed here: how they are paired.
 """
 
 from __future__ import annotations
 
 from torch import fx
 
+from ttt_compiler.compat import wrapper_of
 from ttt_compiler.errors import GraphRewriteError
 from ttt_compiler.passes.base import (
-    MARKER,
     BoundSite,
     GraphPass,
     PassState,
     graph_modules,
-    is_op,
     markers,
 )
 from ttt_compiler.passes.find_mlps import MLPSite, find_mlps
@@ -31,49 +30,51 @@ class MatchMarkers(GraphPass):
         """Returns the number of markers.
 
         Raises:
-            GraphRewriteError: a marker does not feed a detected MLP down-projection.
+            GraphRewriteError: a marker has no MLP down-projection of its weight, or not its own.
         """
         state.report = find_mlps(state.gm)
-        by_marker: dict[fx.Node, MLPSite] = {}
-        for site in state.report.sites:
-            marker = _marker_of(site.h)
-            if marker is not None:
-                by_marker[marker] = site
+        # Keyed by contraction: a body that is called several times holds one contraction, one marker.
+        found = {s.contraction: s for s in reversed(state.report.sites)}
+        sites = sorted(found.values(), key=state.report.sites.index)
         for gm in graph_modules(state.gm):
+            by_weight: dict[fx.Node, list[fx.Node]] = {}
             for marker in markers(gm):
-                spec = SiteSpec.decode(str(marker.args[1]))
-                if marker not in by_marker:
-                    raise GraphRewriteError(_explain(state, marker, spec))
-                state.sites.append(BoundSite(marker, by_marker[marker], spec))
+                by_weight.setdefault(_weight(marker), []).append(marker)
+            for weight, group in by_weight.items():
+                # In its own graph, or (marked at the start of the model) in the body of an operator.
+                places = [s for s in sites if s.weight is weight and s.graph_module is gm]
+                places = places or [s for s in sites if s.top_weight is weight]
+                self._pair(state, group, places)
         return len(state.sites)
 
+    def _pair(self, state: PassState, group: list[fx.Node], places: list[MLPSite]) -> None:
+        """The k-th marker of a weight stands for the k-th place that applies it."""
+        specs = [SiteSpec.decode(str(m.args[2])) for m in group]
+        if not places:
+            raise GraphRewriteError(_explain(state, group[0], specs[0]))
+        if len(places) != len(group):
+            raise GraphRewriteError(
+                f"{specs[0].weight}: {len(group)} places of the model apply it, but this graph has "
+                f"{len(places)} MLPs with it. Type ttt.revert(model) and convert it with example_inputs that "
+                "run all of its places"
+            )
+        for marker, site, spec in zip(group, places, specs, strict=True):
+            state.sites.append(BoundSite(marker, site, spec))
 
-def _marker_of(h: fx.Node) -> fx.Node | None:
-    """The marker that ``h`` is a view of, if any."""
-    node = h
-    while not is_op(node, MARKER):
-        if node.op not in ("call_function", "call_method") or not node.all_input_nodes:
-            return None
-        node = node.all_input_nodes[0]
-        if len(node.users) != 1 and not is_op(node, MARKER):
-            return None
-    return node
+
+def _weight(marker: fx.Node) -> fx.Node:
+    weight = marker.args[1]
+    assert isinstance(weight, fx.Node)
+    # A quantised weight was marked by a plain tensor inside of it.
+    return wrapper_of(weight) or weight
 
 
 def _explain(state: PassState, marker: fx.Node, spec: SiteSpec) -> str:
-    reached = {marker}
-    reasons = []
-    for node in marker.graph.nodes:
-        if any(a in reached for a in node.all_input_nodes):
-            reached.add(node)
-            reasons += [r.reason for r in state.report.rejections if r.node is node]
-        if reasons:
-            break
-    why = f" ({reasons[0]})" if reasons else ""
+    weight = _weight(marker)
+    reasons = [r.reason for r in state.report.rejections if r.weight is weight]
+    why = f": {reasons[0]}" if reasons else ": no contraction applies it in this graph"
     return (
-        f"{spec.key}: in this graph its input is not recognised as an MLP's hidden activation{why}. "
-        "The graph "
-        "may be cut by a graph break inside of the MLP: compile with fullgraph=True to see where. To "
-        "leave this "
-        "block out, pass layers=[...] without it"
+        f"{spec.key}: here it is not recognised as the down-projection of an MLP{why}. A graph break inside "
+        "of the MLP cuts it in two: compile with fullgraph=True to see where. To leave this block out, pass "
+        "layers=[...] without it"
     )

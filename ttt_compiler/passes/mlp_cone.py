@@ -44,6 +44,7 @@ class MLPCone:
     """Everything between x and the data operand of a down-projection."""
 
     x: fx.Node
+    x_operand: fx.Node  # x as an up-projection gets it, in the layout of the hidden activation
     activation: str
     gated: bool
     routed: bool
@@ -96,6 +97,7 @@ def _trace(
         notes.append("low-rank side path beside an up-projection")
     cone = MLPCone(
         x=ups[0].x,
+        x_operand=next((u.contraction.h for u in ups if u.d_in == u.contraction.d_in), ups[0].x),
         activation=found.name,
         gated=found.gated,
         routed=any(u.routed or u.contraction.kind == "moe" for u in ups)
@@ -113,7 +115,7 @@ def _trace(
         if isinstance(inner, MLPCone):
             note = f"{layers + 1} layers deep"
             notes_of_both = (note, *(n for n in inner.notes if "deep" not in n), *cone.notes)
-            return replace(cone, x=inner.x, notes=notes_of_both)
+            return replace(cone, x=inner.x, x_operand=inner.x_operand, notes=notes_of_both)
     return f"width: reads {', '.join(map(str, widths))} features but returns {d_model}"
 
 

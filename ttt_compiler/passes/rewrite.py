@@ -9,13 +9,14 @@ replacement, together with the op schemas.
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import fx
 
-from ttt_compiler.compat import meta_tensor
-from ttt_compiler.errors import GraphRewriteError
+from ttt_compiler.compat import is_wrapper_tensor, meta_tensor
 from ttt_compiler.passes.base import BoundSite, GraphPass, PassState
+from ttt_compiler.passes.sequence_layout import SequenceLayout
 
 
 class RewriteFastWeights(GraphPass):
@@ -27,7 +28,7 @@ class RewriteFastWeights(GraphPass):
         """Returns the number of projections replaced.
 
         Raises:
-            GraphRewriteError: the hidden activation does not arrive as ``[batch, tokens, F]``.
+            GraphRewriteError: the hidden activation is not one row of features per token.
         """
         for site in state.sites:
             state.fast_nodes.append(_rewrite(site))
@@ -37,79 +38,64 @@ class RewriteFastWeights(GraphPass):
 
 
 def _rewrite(site: BoundSite) -> fx.Node:
-    marker, mlp, spec = site.marker, site.mlp, site.spec
-    graph, contraction = marker.graph, mlp.contraction
-    h, _, conv, proj, pos, *state = marker.args
-    assert isinstance(h, fx.Node)
+    mlp, spec = site.mlp, site.spec
+    contraction = mlp.contraction
+    graph = contraction.graph
     assert site.target is not None
-    value = meta_tensor(h)
-    if value is None or value.dim() != 3:
-        raise GraphRewriteError(
-            f"{spec.key}: its input has {'no known' if value is None else value.dim()} dimensions; "
-            "fast weights "
-            "need [batch, tokens, width]. Leave the block out with layers=[...]"
-        )
     out = meta_tensor(contraction)
     assert out is not None
     with graph.inserting_before(contraction):
         b = _Builder(graph, out.dtype)
-        t = _sequence_shaped(b, site.target, h)
-        w0 = b.method("t", mlp.weight) if mlp.transposed else mlp.weight
-        h, t, w0 = b.cast(h), b.cast(t), b.cast(w0)
-        bias, conv, proj = (None if x is None else b.cast(x) for x in (mlp.bias, conv, proj))
-        if state[0] is None:
-            v = b.call(torch.ops.ttt.chunk_conv.default, t, conv, pos, spec.chunk)
-            if proj is None:
-                v = b.call(operator.mul, v, spec.lr)
-            else:
-                v = b.call(torch.matmul, v, b.call(operator.mul, proj, spec.lr))
-            fast = b.call(torch.ops.ttt.chunk_scan.default, h, v, w0, bias, pos, spec.chunk)
+        layout = SequenceLayout(site, graph)
+        h, t = b.cast(layout.sequence(mlp.h)), b.cast(layout.sequence(site.target))
+        keeps_base = is_wrapper_tensor(meta_tensor(mlp.weight_operand))
+        bias = None
+        if keeps_base:
+            # A quantised weight keeps its own kernel; the fast weight is the delta upon it.
+            w0 = b.call(torch.zeros, spec.d_model, spec.d_ff, dtype=out.dtype, device=out.device)
         else:
-            fast = b.call(
-                torch.ops.ttt.fast_weight_step.default,
-                h,
-                t,
-                w0,
-                bias,
-                conv,
-                proj,
-                pos,
-                spec.encode(),
-                *state,
-            )
-        y = fast if out.dim() == 3 else b.method("reshape", fast, -1, spec.d_model)
-    y.meta = dict(contraction.meta)
+            transposed = mlp.operand_transposed
+            w0 = b.cast(b.method("t", mlp.weight_operand) if transposed else mlp.weight_operand)
+            bias = None if mlp.bias is None else b.cast(mlp.bias)
+        fast = _fast_node(b, site, h, t, w0, bias)
+        y = layout.restored(fast, out.dim(), spec.d_model)
     for name in ("stack_trace", "nn_module_stack"):
         if name in contraction.meta:
             fast.meta[name] = contraction.meta[name]
-    contraction.replace_all_uses_with(y)
-    _erase_between(contraction, marker)
+    if keeps_base:
+        with graph.inserting_after(contraction):
+            y = graph.call_function(operator.add, (contraction, y))
+    y.meta = dict(contraction.meta)
+    contraction.replace_all_uses_with(y, delete_user_cb=lambda user: user is not y)
+    if not keeps_base:
+        graph.erase_node(contraction)
+    _erase(site.marker)
     return fast
 
 
-def _sequence_shaped(b: _Builder, t: fx.Node, h: fx.Node) -> fx.Node:
-    """t as ``[B, T, Dt]``; some models flatten tokens before their MLP."""
-    value = meta_tensor(t)
-    if value is not None and value.dim() == 3:
-        return t
-    return b.method("reshape", t, b.method("size", h, 0), b.method("size", h, 1), -1)
+def _fast_node(
+    b: _Builder, site: BoundSite, h: fx.Node, t: fx.Node, w0: fx.Node, bias: fx.Node | None
+) -> fx.Node:
+    spec = site.spec
+    conv, proj = (None if x is None else b.cast(x) for x in (site.conv, site.proj))
+    if site.state[0] is not None:
+        return b.call(
+            torch.ops.ttt.fast_weight_step.default,
+            *(h, t, w0, bias, conv, proj, site.pos, spec.encode(), *site.state),
+        )
+    v = b.call(torch.ops.ttt.chunk_conv.default, t, conv, site.pos, spec.chunk)
+    if proj is None:
+        v = b.call(operator.mul, v, spec.lr)
+    else:
+        v = b.call(torch.matmul, v, b.call(operator.mul, proj, spec.lr))
+    return b.call(torch.ops.ttt.chunk_scan.default, h, v, w0, bias, site.pos, spec.chunk)
 
 
-def _erase_between(contraction: fx.Node, marker: fx.Node) -> None:
-    """Drop the contraction, the views that fed it, and the marker."""
-    graph = marker.graph
-    inputs = contraction.all_input_nodes
-    graph.erase_node(contraction)
-    pending = list(inputs)
-    while pending:
-        node = pending.pop()
-        if node is not marker and node.op in ("call_function", "call_method") and not node.users:
-            pending += node.all_input_nodes
-            graph.erase_node(node)
+def _erase(marker: fx.Node) -> None:
     source = marker.args[0]
     assert isinstance(source, fx.Node)
     marker.replace_all_uses_with(source)
-    graph.erase_node(marker)
+    marker.graph.erase_node(marker)
 
 
 class _Builder:
@@ -119,14 +105,13 @@ class _Builder:
         self.graph = graph
         self.dtype = dtype
 
-    def call(self, target: object, *args: object) -> fx.Node:
-        return self.graph.call_function(target, args)  # type: ignore[arg-type]
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        return self.graph.call_function(target, args, kwargs)
 
-    def method(self, name: str, *args: object) -> fx.Node:
-        return self.graph.call_method(name, args)  # type: ignore[arg-type]
+    def method(self, name: str, *args: Any) -> fx.Node:
+        return self.graph.call_method(name, args)
 
-    def cast(self, node: object) -> fx.Node:
-        assert isinstance(node, fx.Node)
+    def cast(self, node: fx.Node) -> fx.Node:
         value = meta_tensor(node)
         if value is None or value.dtype == self.dtype:
             return node

@@ -10,17 +10,24 @@ from __future__ import annotations
 import contextlib
 import inspect
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ttt_compiler.compat import visible_mlps
 from ttt_compiler.config import TTTConfig
-from ttt_compiler.errors import CacheError, NotConvertedError, PositionError
+from ttt_compiler.errors import (
+    CacheError,
+    ConversionLostError,
+    NotConvertedError,
+    PositionError,
+    UnsupportedModelError,
+)
 from ttt_compiler.runtime.cache import attach_state, is_carrier
-from ttt_compiler.runtime.site import CallContext
+from ttt_compiler.runtime.site import CallContext, FastWeightSite, mark_all_uses, weight_of
 from ttt_compiler.runtime.state import FastWeightState, check_fits
 from ttt_compiler.spec import SiteSpec
 
@@ -34,10 +41,12 @@ class Root:
 
     Attributes:
         config: how it was converted.
+        requested: the configuration that was asked for; differs from ``config`` when its ``layers`` was a
+            function, which ``config`` holds as the names it chose.
         specs: the sites, in block order.
-        modules: per site key, the module that owns the weight, wherever it stands now.
+        modules: per site key, the module that applies the weight, wherever it stands now.
         token: identity of this conversion.
-        transposed: keys of weights stored ``[F, D]``.
+        transposed: weights stored ``[F, D]``.
         context: the channel to the sites.
         slots: names of forward's positional arguments, to their positions.
         forward: the model's forward behind the boundary, bound.
@@ -45,6 +54,7 @@ class Root:
     """
 
     config: TTTConfig
+    requested: TTTConfig
     specs: tuple[SiteSpec, ...]
     modules: dict[str, nn.Module] = field(repr=False)
     transposed: frozenset[str]
@@ -54,20 +64,58 @@ class Root:
     forward: Callable[..., Any] | None = field(default=None, repr=False)
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
 
+    def __post_init__(self) -> None:
+        # Sites that no module but the model itself stands for are marked at the start of its forward.
+        self.own_specs = tuple(s for s in self.specs if not s.module)
+        self.own_constants = tuple(s.encode() for s in self.own_specs)
+
+    def parameters(self, spec: SiteSpec) -> tuple[nn.Parameter, nn.Parameter | None]:
+        """conv and P of a site."""
+        module = self.modules[spec.key]
+        return getattr(module, spec.conv_name), getattr(module, spec.proj_name)
+
     def new_state(self, batch: int) -> FastWeightState:
         """State of ``batch`` sequences that have not begun, on the model's device."""
-        weight = self.weight(self.specs[0])
-        return FastWeightState.zeros(self.specs, batch, weight.dtype, weight.device, self.owner())
+        conv = self.parameters(self.specs[0])[0]
+        return FastWeightState.zeros(self.specs, batch, conv.dtype, conv.device, self.owner())
 
     def weight(self, spec: SiteSpec) -> Tensor:
-        """W0 of a site as ``[D, F]``."""
-        weight = self.modules[spec.key].get_parameter("weight")
-        return weight.t() if spec.key in self.transposed else weight
+        """W0 of a site as ``[D, F]``.
+
+        Raises:
+            UnsupportedModelError: W0 exists inside of the forward pass only.
+        """
+        if spec.derived:
+            raise UnsupportedModelError(
+                f"{spec.key}: its matrix is computed from {spec.weight} inside of the model's forward "
+                "(quantised or parametrised), so it cannot be read from outside"
+            )
+        weight = weight_of(self.modules[spec.key], spec)
+        return weight.t() if spec.weight in self.transposed else weight
 
     def owner(self) -> tuple[object, ...]:
         """Identity of the slow weights that a state is written on; training or loading changes it."""
-        weights = [m.get_parameter("weight") for m in self.modules.values()]
+        weights = [weight_of(self.modules[s.key], s) for s in self.specs]
+        for spec in self.specs:
+            if spec.derived and spec.module:
+                weights += self.modules[spec.key].parameters()
         return (self.token, *((id(w), 0 if w.is_inference() else w._version) for w in weights))
+
+    def check_modules(self, model: nn.Module) -> None:
+        """Raise when a module that applies a chosen weight has left the model since conversion.
+
+        Raises:
+            ConversionLostError: naming the site.
+        """
+        present = {id(m) for m in model.modules()}
+        for spec in self.specs:
+            module = self.modules[spec.key]
+            if id(module) not in present or (spec.module and not isinstance(module, FastWeightSite)):
+                raise ConversionLostError(
+                    f"{spec.key}: the module {spec.module} was replaced after conversion, so its fast "
+                    "weights are gone. Replace modules before ttt.convert(model, ...), or type "
+                    "ttt.revert(model) and convert again"
+                )
 
     def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], bool]:
         """Before a call, outside of any capture: settle the cache.
@@ -126,7 +174,7 @@ class Root:
         return kwargs, True
 
     def _check(self, state: FastWeightState, batch: int) -> None:
-        check_fits(state, self.specs, batch, self.weight(self.specs[0]), self.owner())
+        check_fits(state, self.specs, batch, self.parameters(self.specs[0])[0], self.owner())
 
     def kind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[object, ...]:
         """What a call looks like apart from its sizes; calls of one kind share compiled code."""
@@ -144,7 +192,7 @@ class Root:
             one,
         )
 
-    def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Captured with the model: set the call's state and positions for its sites."""
         state = kwargs.pop(STATE_ARGUMENT, None)
         cache = self.argument("past_key_values", args, kwargs)
@@ -154,13 +202,14 @@ class Root:
             state = cache.ttt
         self.context.active = True
         self.context.state = state
+        self.context.tokens = self._rows(args, kwargs)
         self.context.pos = self._positions(args, kwargs, state)
+        if self.own_specs:
+            mark_all_uses(model, self.own_specs, self.own_constants, self.context)
 
     def leave(self) -> None:
         """Captured with the model: drop what :meth:`enter` set."""
-        self.context.active = False
-        self.context.state = None
-        self.context.pos = None
+        self.context.clear()
 
     def argument(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """A forward argument by name, wherever it was passed; None when it was not."""
@@ -172,6 +221,13 @@ class Root:
     def _tokens(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
         ids: Tensor | None = self.argument("input_ids", args, kwargs)
         return ids if ids is not None else self.argument("inputs_embeds", args, kwargs)
+
+    def _rows(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+        """A tensor whose first two dimensions are the batch and the tokens of the call."""
+        tokens = self._tokens(args, kwargs)
+        if tokens is not None:
+            return tokens
+        return next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim() >= 2), None)
 
     def _positions(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], state: FastWeightState | None
@@ -227,6 +283,12 @@ def forward_slots(forward: Callable[..., Any]) -> dict[str, int]:
     return {p.name: i for i, p in enumerate(p for p in parameters if p.kind in kinds)}
 
 
-def call_mode(stateful: bool) -> contextlib.AbstractContextManager[Any]:
-    """A running state is inference: its writes are not differentiable, so such a call records no graph."""
-    return torch.no_grad() if stateful else contextlib.nullcontext()
+@contextlib.contextmanager
+def call_mode(stateful: bool) -> Iterator[None]:
+    """How a converted model is run.
+
+    A running state is inference: its writes are not differentiable, so such a call records no graph. And
+    ``nn.TransformerEncoderLayer`` must not take its fused path, which hides its MLP from any compiler.
+    """
+    with torch.no_grad() if stateful else contextlib.nullcontext(), visible_mlps():
+        yield

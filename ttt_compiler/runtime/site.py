@@ -1,21 +1,24 @@
-"""What a converted module does when it is called: emit the marker op in front of its projection.
+"""What a converted module does when it is called: emit a marker op for each projection it contains.
 
 Everything a fast weight needs enters the captured graph through the marker's arguments, so Dynamo lifts
-parameters, positions and state as ordinary graph inputs and no registry is needed at run time. May be
-changed here: what the marker carries, together with its schema.
+weight, parameters, positions and state as ordinary graph inputs and no registry is needed at run time. The
+rewrite pass pairs a marker with the contraction that applies the marker's weight. May be changed here:
+what the marker carries, together with its schema.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ttt_compiler.codegen import ops  # noqa: F401  (registers the marker)
+from ttt_compiler.errors import UnsupportedModelError
 from ttt_compiler.runtime.state import FastWeightState
-from ttt_compiler.spec import CONV, PROJ, SiteSpec
+from ttt_compiler.spec import SiteSpec
 
 
 class CallContext:
@@ -24,38 +27,127 @@ class CallContext:
     Attributes:
         enabled: False runs the base model (see :func:`ttt_compiler.disabled`).
         active: whether a call of the whole model is on its way (always False between calls).
+        tokens: the call's input ids or embeddings ``[B, T, ..]``: its size, for modules that flatten rows.
         pos: int64 ``[B or 1, T]`` positions (0 starts a document, negative is padding) or None.
         state: the running sequences, or None for a stateless call.
+        uses: how often each module that several places share has been called in this call.
     """
 
     def __init__(self) -> None:
         self.enabled = True
         self.active = False
+        self.tokens: Tensor | None = None
         self.pos: Tensor | None = None
         self.state: FastWeightState | None = None
+        self.uses: dict[str, int] = {}
+
+    def clear(self) -> None:
+        """Forget the call."""
+        self.active = False
+        self.tokens = None
+        self.pos = None
+        self.state = None
+        self.uses.clear()
+
+
+class SiteGroup:
+    """The sites of one module, in the order of their keys.
+
+    Attributes:
+        specs: per weight, the places that apply it, in the order of the forward pass.
+        constants: the same, encoded.
+    """
+
+    def __init__(self, specs: Iterable[SiteSpec]) -> None:
+        by_weight: dict[str, list[SiteSpec]] = {}
+        for spec in specs:
+            by_weight.setdefault(spec.weight, []).append(spec)
+        self.specs = tuple(tuple(places) for places in by_weight.values())
+        self.constants = tuple(tuple(s.encode() for s in places) for places in by_weight.values())
+
+    def __iter__(self) -> Any:
+        return (spec for places in self.specs for spec in places)
 
 
 class FastWeightSite:
-    """Mixed into the class of a module that owns a chosen down-projection weight."""
+    """Mixed into the class of a module that applies chosen down-projection weights."""
 
-    _ttt_spec: SiteSpec
-    _ttt_constants: str
+    _ttt_group: SiteGroup
     _ttt_context: CallContext
 
-    def forward(self, h: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The module's own forward, with the marker in front of its input ``h [B, T, F]``."""
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward, with its markers in front of its first tensor argument."""
         call = self._ttt_context
-        if not call.enabled:
-            return super().forward(h, *args, **kwargs)  # type: ignore[misc]
-        conv, proj = getattr(self, CONV), getattr(self, PROJ)
-        if call.state is None:
-            h = torch.ops.ttt.site(h, self._ttt_constants, conv, proj, call.pos, None, None, None, None)
-        else:
-            s = call.state.sites[self._ttt_spec.key]
-            h = torch.ops.ttt.site(
-                h, self._ttt_constants, conv, proj, call.pos, s.w, s.tail_h, s.tail_t, s.counts
-            )
-        return super().forward(h, *args, **kwargs)  # type: ignore[misc]
+        if call.enabled:
+            args, kwargs = _marked(self, self._ttt_group, call, args, kwargs)
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+
+def _marked(
+    module: Any, group: SiteGroup, call: CallContext, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    for i, x in enumerate(args):
+        if isinstance(x, Tensor):
+            return (*args[:i], mark_next_use(module, group, call, x), *args[i + 1 :]), kwargs
+    for name, x in kwargs.items():
+        if isinstance(x, Tensor):
+            return args, {**kwargs, name: mark_next_use(module, group, call, x)}
+    raise UnsupportedModelError(
+        f"{group.specs[0][0].module}: a fast-weight module was called without a tensor argument"
+    )
+
+
+def mark_next_use(module: Any, group: SiteGroup, call: CallContext, x: Tensor) -> Tensor:
+    """``x`` behind one marker per weight, for the next of the places that share each weight."""
+    for places, constants in zip(group.specs, group.constants, strict=True):
+        use = 0
+        if len(places) > 1:
+            weight = places[0].weight
+            if not call.active:
+                raise UnsupportedModelError(
+                    f"{weight} is shared by {len(places)} places, and which one this is can only be told in "
+                    "a call of the whole model. Compile and call the model that was converted"
+                )
+            use = call.uses.get(weight, 0)
+            if use == len(places):
+                raise UnsupportedModelError(
+                    f"{weight} was applied {use} times when the model was converted, and now more often. "
+                    "Type ttt.revert(model) and convert it with example_inputs that show all of its places"
+                )
+            call.uses[weight] = use + 1
+        x = _mark(module, places[use], constants[use], call, x)
+    return x
+
+
+def mark_all_uses(
+    module: Any, specs: Sequence[SiteSpec], constants: Sequence[str], call: CallContext
+) -> None:
+    """Markers of sites that no module's forward stands for, at the start of the model's own forward."""
+    assert call.tokens is not None
+    for spec, text in zip(specs, constants, strict=True):
+        _mark(module, spec, text, call, call.tokens)
+
+
+def _mark(module: Any, spec: SiteSpec, constants: str, call: CallContext, x: Tensor) -> Tensor:
+    weight = weight_of(module, spec)
+    if spec.inner:
+        for name in spec.inner.split("."):
+            weight = getattr(weight, name)
+    conv, proj = getattr(module, spec.conv_name), getattr(module, spec.proj_name)
+    state: tuple[Tensor | None, ...] = (None, None, None, None)
+    if call.state is not None:
+        s = call.state.sites[spec.key]
+        state = (s.w, s.tail_h, s.tail_t, s.counts)
+    marked: Tensor = torch.ops.ttt.site(x, weight, constants, conv, proj, call.tokens, call.pos, *state)
+    return marked
+
+
+def weight_of(module: Any, spec: SiteSpec) -> Tensor:
+    """The weight of a site, seen from its module."""
+    found = module
+    for name in spec.weight_in_module.split("."):
+        found = getattr(found, name)
+    return found  # type: ignore[no-any-return]
 
 
 @functools.cache
@@ -64,26 +156,26 @@ def site_class(base: type[nn.Module]) -> type[nn.Module]:
     return type(f"FastWeight{base.__name__}", (FastWeightSite, base), {"__doc__": base.__doc__})
 
 
-def attach(
-    module: nn.Module,
-    spec: SiteSpec,
-    conv: nn.Parameter,
-    proj: nn.Parameter | None,
-    context: CallContext,
-) -> None:
-    """Turn ``module`` into a fast-weight site with parameters ``ttt_conv`` and ``ttt_proj``."""
-    module.register_parameter(CONV, conv)
-    module.register_parameter(PROJ, proj)
+def attach(module: nn.Module, group: SiteGroup, context: CallContext) -> None:
+    """Let ``module`` mark its sites whenever it is called."""
     module.__class__ = site_class(type(module))  # type: ignore[arg-type]
-    module._ttt_spec = spec  # type: ignore[assignment]
-    module._ttt_constants = spec.encode()  # type: ignore[assignment]
+    module._ttt_group = group  # type: ignore[assignment]
     module._ttt_context = context  # type: ignore[assignment]
 
 
 def detach(module: nn.Module) -> None:
     """Undo :func:`attach` exactly."""
     module.__class__ = type(module).__mro__[2]
-    for name in (CONV, PROJ):
-        del module._parameters[name]
-    for name in ("_ttt_spec", "_ttt_constants", "_ttt_context"):
-        delattr(module, name)
+    del module._ttt_group, module._ttt_context
+
+
+def add_parameters(module: nn.Module, spec: SiteSpec, conv: nn.Parameter, proj: nn.Parameter | None) -> None:
+    """Give ``module`` conv and P of a site."""
+    module.register_parameter(spec.conv_name, conv)
+    module.register_parameter(spec.proj_name, proj)
+
+
+def remove_parameters(module: nn.Module, spec: SiteSpec) -> None:
+    """Undo :func:`add_parameters`; further places of the same weight have none of their own."""
+    for name in (spec.conv_name, spec.proj_name):
+        module._parameters.pop(name, None)

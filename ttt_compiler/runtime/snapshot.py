@@ -19,6 +19,7 @@ from ttt_compiler.runtime.files import expect_tensors, read_tensors, write_tenso
 from ttt_compiler.runtime.fingerprint import fingerprint
 from ttt_compiler.runtime.root import Root
 from ttt_compiler.runtime.state import TENSORS, FastWeightState, SiteState
+from ttt_compiler.spec import same_sites
 
 FORMAT, VERSION = "ttt-session", 1
 
@@ -98,7 +99,7 @@ def _check_header(header: dict[str, Any], path: object, model: nn.Module, root: 
             f"{path}: has version {header.get('version')!r}, this ttt_compiler reads version "
             f"{VERSION}; nothing was changed"
         )
-    if header.get("sites") != [s.encode() for s in root.specs]:
+    if not same_sites(header.get("sites"), root.specs):
         raise SnapshotError(f"{path}: was saved under another fast-weight configuration; nothing was changed")
     if header.get("model") != fingerprint(model):
         raise SnapshotError(

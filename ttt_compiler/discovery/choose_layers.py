@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 
 from ttt_compiler.config import TTTConfig
+from ttt_compiler.discovery.found import FoundMLP
 from ttt_compiler.errors import LayerSelectionError
 
 _INDEX = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
@@ -27,15 +28,18 @@ def block_indices(keys: Sequence[str]) -> list[int]:
     return list(range(len(keys)))
 
 
-def choose_layers(config: TTTConfig, keys: Sequence[str]) -> tuple[str, ...]:
-    """The chosen weight names, in graph order.
+def choose_layers(config: TTTConfig, mlps: Sequence[FoundMLP]) -> tuple[FoundMLP, ...]:
+    """The chosen MLPs, in graph order.
 
     Raises:
         LayerSelectionError: an index or pattern that matches nothing, with what exists.
     """
+    keys = [m.weight for m in mlps]
     blocks = block_indices(keys)
     every = config.every()
-    if config.layers == "all":
+    if callable(config.layers):
+        chosen = {m.weight for m in mlps if config.layers(m)}
+    elif config.layers == "all":
         chosen = set(keys)
     elif every is not None:
         chosen = {
@@ -58,7 +62,7 @@ def choose_layers(config: TTTConfig, keys: Sequence[str]) -> tuple[str, ...]:
             f"layers={config.layers!r} selects none of the {len(keys)} MLPs; blocks with an MLP: "
             f"{_ranges(blocks)}"
         )
-    return tuple(k for k in keys if k in chosen)
+    return tuple(m for m in mlps if m.weight in chosen)
 
 
 def _ranges(numbers: Sequence[int]) -> str:

@@ -1,0 +1,1 @@
+"""Every architecture of transformers, in tiny: building, auditing, and the table in the docs."""

@@ -1,0 +1,199 @@
+"""A Dynamo backend that keeps what it is given, runs it, and names what it finds.
+
+Weights are named through the identity of the tensors that enter a graph, modules through the identity
+that Dynamo leaves on every node; no name decides anything. May be changed here: what is recorded.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ttt_compiler.compat import is_wrapper_tensor, meta_tensor
+from ttt_compiler.discovery.choose_layers import block_indices
+from ttt_compiler.discovery.found import Discovery, FoundMLP
+from ttt_compiler.discovery.token_path import UNKNOWN, TokenPath, probe
+from ttt_compiler.passes.embeddings import token_embeddings
+from ttt_compiler.passes.find_mlps import MLPSite, find_mlps
+from ttt_compiler.passes.op_classes import OpClass, class_of, op_name
+
+
+class Recorder:
+    """Use as ``backend=``, run the model twice (see ``token_path.py``), then take :meth:`result`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.names: dict[int, str] = {}
+        tensors = (
+            model.named_parameters(remove_duplicate=False),
+            model.named_buffers(remove_duplicate=False),
+        )
+        for name, tensor in itertools.chain(*tensors):
+            self.names.setdefault(id(tensor), name)
+        self.modules = {str(id(module)): name for name, module in model.named_modules()}
+        self.graphs = 0
+        self.runs: tuple[list[_Run], list[_Run]] = ([], [])
+        self._second = False
+
+    def __call__(self, gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        """The backend: keep the graph; what it returns keeps every run."""
+        placeholders = gm.graph.find_nodes(op="placeholder")
+        graph = _Graph(gm, self._names_of(placeholders, inputs))
+        self.graphs += 1
+
+        def run(*args: Any) -> Any:
+            this = _Run(graph, self._names_of(placeholders, args))
+            self.runs[self._second].append(this)
+            return _HiddenStates(this).run(*args)
+
+        return run
+
+    def _names_of(self, placeholders: list[fx.Node], values: Any) -> dict[fx.Node, str]:
+        pairs = zip(placeholders, values, strict=True)
+        return {n: self.names[id(x)] for n, x in pairs if id(x) in self.names}
+
+    def start_second_run(self) -> None:
+        """What runs from here on has another last token in its first row."""
+        self._second = True
+
+    def result(self, leading: tuple[int, int] | None) -> Discovery:
+        """Everything that was found; ``leading`` is B and T of the inputs."""
+        first, second = self.runs
+        # Another token may take another path through the graphs; then nothing can be compared.
+        same_path = [r.graph for r in first] == [r.graph for r in second]
+        found: dict[str, list[FoundMLP]] = {}
+        for i, run in enumerate(first):
+            other = second[i].hidden if same_path else {}
+            for site in run.graph.sites:
+                key = run.name_of(site.top_weight) or f"<unnamed {site.weight.name}>"
+                routed = site.kind == "moe"
+                # Routed experts see tokens in expert order: the probe's comparison means nothing there.
+                path = UNKNOWN if routed else probe(run.hidden.get(site.h), other.get(site.h), leading)
+                found.setdefault(key, []).append(self._describe(run, site, key, path))
+        blocks = block_indices(list(found))
+        mlps = (_merged(places, block) for places, block in zip(found.values(), blocks, strict=True))
+        # A weight that one place of the model uses as an MLP may be refused at another.
+        rejections = dict.fromkeys(
+            (run.name_of(weight), reason) for run in first for weight, reason in run.graph.rejections
+        )
+        widths = {r.graph.embed_width for r in first if r.graph.embed_width is not None}
+        return Discovery(
+            tuple(mlps), tuple(rejections), widths.pop() if len(widths) == 1 else None, self.graphs
+        )
+
+    def _describe(self, run: _Run, site: MLPSite, key: str, path: TokenPath) -> FoundMLP:
+        out, weight = meta_tensor(site.contraction), meta_tensor(site.weight)
+        derived = weight is None or is_wrapper_tensor(weight) or not _is_view(site)
+        dtype = weight.dtype if weight is not None and not derived else None
+        if dtype is None:
+            dtype = torch.get_default_dtype() if out is None else out.dtype
+        return FoundMLP(
+            weight=key,
+            d_model=site.d_model,
+            d_ff=site.d_ff,
+            activation=site.activation,
+            gated=site.gated,
+            kind=site.kind,
+            bias=site.bias is not None,
+            transposed=site.transposed,
+            block=0,
+            causal=path.causal,
+            uses=1,
+            module=self._module_of(run, site, key),
+            derived=derived,
+            dtype=dtype,
+            time_major=path.time_major,
+            problem=path.problem,
+        )
+
+    def _module_of(self, run: _Run, site: MLPSite, key: str) -> str:
+        """The innermost module that holds the weight and whose forward applies it; else the model."""
+        captured_as = run.graph.names.get(site.top_weight, key)
+        for entry in reversed(list(site.contraction.meta.get("nn_module_stack", {}))):
+            name = self.modules.get(str(entry))
+            if name and captured_as.startswith(f"{name}."):
+                # The graph was captured in one layer and may run for another one here.
+                inner = captured_as.removeprefix(name)
+                return key.removesuffix(inner) if key.endswith(inner) else ""
+        return ""
+
+
+@dataclass(eq=False)
+class _Graph:
+    """One captured graph, searched; ``names`` are of the weights it was captured with."""
+
+    gm: fx.GraphModule
+    names: Mapping[fx.Node, str]
+    sites: tuple[MLPSite, ...] = ()
+    rejections: tuple[tuple[fx.Node | None, str], ...] = ()
+    embed_width: int | None = None
+
+    def __post_init__(self) -> None:
+        report = find_mlps(self.gm)
+        self.sites = report.sites
+        self.rejections = tuple((r.weight, r.reason) for r in report.rejections)
+        embeddings = [meta_tensor(n) for n in token_embeddings(self.gm)]
+        if len(embeddings) == 1 and embeddings[0] is not None:
+            self.embed_width = int(embeddings[0].shape[-1])
+
+
+@dataclass(eq=False)
+class _Run:
+    """One execution of a graph: which weights went in, and the hidden activations seen.
+
+    A graph may run for many layers (a graph break in every block), so weights are named per run.
+    """
+
+    graph: _Graph
+    weights: Mapping[fx.Node, str]
+    hidden: dict[fx.Node, Tensor] = field(default_factory=dict)
+
+    def name_of(self, weight: fx.Node | None) -> str | None:
+        if weight is None:
+            return None
+        return str(weight.target) if weight.op == "get_attr" else self.weights.get(weight)
+
+
+class _HiddenStates(fx.Interpreter):
+    """Runs a graph and keeps every site's hidden activation."""
+
+    def __init__(self, run: _Run) -> None:
+        super().__init__(run.graph.gm)
+        self._wanted = {site.h for site in run.graph.sites}
+        self._store = run.hidden
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n in self._wanted and isinstance(result, Tensor):
+            self._store[n] = result.detach().clone()
+        return result
+
+
+def _is_view(site: MLPSite) -> bool:
+    """Whether the contraction gets the weight itself, up to transposition and casts."""
+    node, root = site.weight_operand, site.weight
+    while node is not root:
+        if class_of(op_name(node)) not in (OpClass.VIEW, OpClass.CAST) or not node.all_input_nodes:
+            return False
+        node = node.all_input_nodes[0]
+    value = meta_tensor(root)
+    return value is not None and sorted(value.shape) == sorted((site.d_model, site.d_ff))
+
+
+def _merged(places: list[FoundMLP], block: int) -> FoundMLP:
+    """One entry for all places that apply the same weight."""
+    causal = [p.causal for p in places]
+    problems = [p.problem for p in places if p.problem is not None]
+    if len({p.time_major for p in places if p.causal}) > 1:
+        problems.append("the places that share its weight lay out rows and tokens differently")
+    return replace(
+        places[0],
+        block=block,
+        uses=len(places),
+        causal=False if False in causal else None if None in causal else True,
+        problem=problems[0] if problems else None,
+    )
