@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from ttt_compiler.compat import capture, meta_tensor, uncompiled_call
 from ttt_compiler.errors import UnsupportedModelError
 from ttt_compiler.passes.choose_layers import block_indices
+from ttt_compiler.passes.dataflow import Dataflow, read_dataflow
 from ttt_compiler.passes.embeddings import token_embeddings
 from ttt_compiler.passes.find_mlps import MLPSite, find_mlps
 
@@ -45,6 +46,7 @@ class FoundMLP:
         block: index of the block it belongs to.
         causal: whether its input at a token is independent of later tokens; None when not probed.
         uses: how many places of the model use this weight.
+        dataflow: its first use, to be drawn.
     """
 
     weight: str
@@ -58,6 +60,7 @@ class FoundMLP:
     block: int
     causal: bool | None
     uses: int
+    dataflow: Dataflow | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -219,6 +222,7 @@ def _describe(
         if site.kind != "dense"
         else _is_causal(graph.first.get(site.h), graph.second.get(site.h), leading),
         uses=uses,
+        dataflow=read_dataflow(site),
     )
 
 
