@@ -30,7 +30,7 @@ code,.mono{font-family:ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace;
 padding:.4rem 1rem;white-space:pre-wrap}.problems h2{margin-top:.2rem}
 .main{display:grid;grid-template-columns:minmax(0,21rem) minmax(0,1fr);gap:0 2rem}
 @media (max-width:52rem){.main{grid-template-columns:minmax(0,1fr)}.blocks{max-height:19rem}}
-.blocks{list-style:none;margin:0;padding:2px .5rem 2px 2px;overflow:auto;max-height:58rem}
+.blocks{position:relative;list-style:none;margin:0;padding:2px .5rem 2px 2px;overflow:auto;max-height:58rem}
 .block{display:flex;gap:.6rem;border:1px solid var(--line);border-radius:7px;background:var(--card);
 padding:.3rem .6rem;margin-bottom:.35rem}.block>b{flex:0 0 2.2rem;text-align:right;font-weight:600}
 .block>div{flex:1;min-width:0}.block .none{padding:.1rem .4rem;color:var(--soft)}
@@ -55,22 +55,23 @@ svg .op{font-weight:600}svg .shape{fill:var(--soft)}svg .role{font-size:11px;fil
 --l:var(--act-l)}.r-multiply{--f:var(--mul);--l:var(--mul-l)}.r-h{--f:var(--h);--l:var(--h-l)}
 .r-residual,.r-stream{--f:var(--res);--l:var(--res-l)}.r-input rect{stroke-dasharray:5 3}
 .r-down{--f:var(--up);--l:var(--up-l)}.r-down rect{stroke-width:2.6}
-svg .fastmark{font-size:11px;font-weight:700;text-anchor:end;display:none}
-.flow.first-fast .r-down,.flow:has(.site.fast:target) .r-down{--f:var(--fast);--l:var(--fast)}
-.flow.first-fast .r-down text,.flow:has(.site.fast:target) .r-down text{fill:var(--on-fast)}
-.flow.first-fast .fastmark,.flow:has(.site.fast:target) .fastmark{display:inline}
-.flow:has(.site:not(.fast):target) .r-down{--f:var(--up);--l:var(--up-l)}
-.flow:has(.site:not(.fast):target) .r-down text{fill:var(--ink)}
-.flow:has(.site:not(.fast):target) .r-down .role{fill:var(--l)}
-.flow:has(.site:not(.fast):target) .r-down .shape{fill:var(--soft)}
-.flow:has(.site:not(.fast):target) .fastmark{display:none}
+.fastmark{display:none}
+.flow.first-fast:not(:has(.site:target)) .r-down,.flow:has(.site.fast:target) .r-down{--f:var(--fast);
+--l:var(--fast)}
+.flow.first-fast:not(:has(.site:target)) .r-down text,.flow:has(.site.fast:target) .r-down text{
+fill:var(--on-fast)}
+.flow.first-fast:not(:has(.site:target)) .fastmark,.flow:has(.site.fast:target) .fastmark{display:inline;
+font-weight:700}
+.flow.first-fast:not(:has(.site:target)) .slowmark,.flow:has(.site.fast:target) .slowmark{display:none}
 @supports selector(:has(*)){
 .site,.flow{display:none}.site:target,.flow:has(.site:target){display:block}
 .flows:not(:has(:target)) .flow.first,.flows:not(:has(:target)) .site.first{display:block}}
-.site{scroll-margin-top:1rem}.site h3{margin:.6rem 0 .2rem;font-size:1rem}
+.site{scroll-margin-top:5rem}.site h3{margin:.6rem 0 .2rem;font-size:1rem}
 details{margin:.4rem 0}summary{cursor:pointer}ol.text{padding-left:2rem}
-table{border-collapse:collapse;width:100%}th,td{text-align:left;vertical-align:top;padding:.3rem .8rem .3rem 0;
-border-bottom:1px solid var(--line)}th{font-weight:600}td.n,th.n{text-align:right}
+table{border-collapse:collapse;width:100%}
+th,td{text-align:left;vertical-align:top;padding:.3rem .8rem .3rem 0;
+border-bottom:1px solid var(--line)}th{font-weight:600;min-width:8rem}td.n,th.n{min-width:0;width:4rem;
+text-align:right}
 @media print{body{max-width:none;font-size:11pt}.main{display:block}.blocks{overflow:visible;max-height:none}
 .picker,.js .picker,.skip{display:none}.block,figure{break-inside:avoid}
 svg{max-height:22cm}a{text-decoration:none}}
@@ -82,13 +83,19 @@ SCRIPT = """
   if (!picker) return;
   document.documentElement.classList.add("js");
   const show = () => {
-    const wanted = document.getElementById(decodeURIComponent(location.hash.slice(1)));
+    const wanted = document.getElementById(location.hash.slice(1));
     const site = wanted && wanted.classList.contains("site") ? wanted : document.querySelector(".site.first");
     if (!site) return;
     picker.value = site.id;
     for (const link of document.querySelectorAll("a.mlp")) {
-      if (link.getAttribute("href") === "#" + site.id) link.setAttribute("aria-current", "true");
-      else link.removeAttribute("aria-current");
+      link.removeAttribute("aria-current");
+      if (link.getAttribute("href") !== "#" + site.id) continue;
+      link.setAttribute("aria-current", "true");
+      const list = link.closest(".blocks");
+      const top = link.closest(".block").offsetTop;
+      if (top < list.scrollTop || top + link.offsetHeight > list.scrollTop + list.clientHeight) {
+        list.scrollTop = top - list.clientHeight / 3;
+      }
     }
   };
   picker.addEventListener("change", () => { location.hash = picker.value; });

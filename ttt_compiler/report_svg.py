@@ -26,8 +26,8 @@ ROLE_NAMES = {
 }
 """What the page calls every role."""
 
-_WIDTH, _HEIGHT, _GAP, _WIRE = 176, 58, 34, 26
-_MARGIN = 14
+_WIDTH, _LINE, _GAP, _WIRE, _MARGIN = 168, 16, 36, 26, 8
+_FAST = "down = fast weight"
 # The role that a node is coloured by, when it has several.
 _PRIORITY = ("down", "h", "x", "residual", "stream", "up", "activation", "multiply", "input", "after")
 _LETTERS = 20
@@ -35,10 +35,19 @@ _LETTERS = 20
 _Edge = tuple[int, int]
 
 
+_Line = tuple[str, str]
+_Wire = tuple[int, int, int]
+
+
 @dataclass(frozen=True)
-class _Place:
-    layer: int
-    lane: int
+class _Box:
+    left: int
+    top: int
+    bottom: int
+
+    @property
+    def middle(self) -> int:
+        return self.left + _WIDTH // 2
 
 
 def role_text(flow: Dataflow, index: int) -> str:
@@ -52,19 +61,26 @@ def role_text(flow: Dataflow, index: int) -> str:
 def draw(flow: Dataflow, title: str) -> str:
     """An ``<svg>`` of the dataflow; ``title`` is read aloud in its place."""
     layers = _layers(flow)
-    places, wires = _places(flow, layers)
-    columns = _columns(places, wires)
-    width = max((right for _, right in columns.values()), default=0) + _MARGIN
-    height = (max(layers, default=0) + 1) * (_HEIGHT + _GAP) - _GAP + 2 * _MARGIN
+    lanes, wires = _lanes(flow, layers)
+    said = [_said(node, role_text(flow, i)) for i, node in enumerate(flow.nodes)]
+    columns, rows = _columns(lanes, wires), _rows(layers, said)
+    boxes = [
+        _Box(columns[lane][0], rows[layer][0], rows[layer][0] + len(lines) * _LINE + 10)
+        for lane, layer, lines in zip(lanes, layers, said, strict=True)
+    ]
+    width = max((right for _, right in columns), default=0) + _MARGIN
+    height = max((bottom for _, bottom in rows), default=0) + _MARGIN
     parts = [
         f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '
         f'aria-label="{escape(title)}">'
     ]
-    hidden = set(flow.hidden)
     for edge in _edges(flow):
-        parts.append(_edge(edge, places, wires.get(edge), columns, edge in hidden))
-    for i, place in enumerate(places):
-        parts.append(_box(flow.nodes[i], role_text(flow, i), *_corner(place, columns)))
+        wire = None
+        if edge in wires:
+            middle = sum(columns[wires[edge]]) // 2
+            wire = (middle, rows[layers[edge[0]] + 1][0], rows[layers[edge[1]] - 1][1])
+        parts.append(_edge(edge, boxes, wire, edge in flow.hidden))
+    parts += [_drawn(node, said[i], boxes[i]) for i, node in enumerate(flow.nodes)]
     return "\n".join([*parts, "</svg>"])
 
 
@@ -87,7 +103,7 @@ def _layers(flow: Dataflow) -> list[int]:
     return layers
 
 
-def _places(flow: Dataflow, layers: list[int]) -> tuple[list[_Place], dict[_Edge, int]]:
+def _lanes(flow: Dataflow, layers: list[int]) -> tuple[list[int], dict[_Edge, int]]:
     """A lane for every node, and for every edge that passes layers."""
     edges = _edges(flow)
     taken: set[tuple[int, int]] = set()
@@ -111,40 +127,39 @@ def _places(flow: Dataflow, layers: list[int]) -> tuple[list[_Place], dict[_Edge
         if passed:
             wires[edge] = wire
             taken |= {(layer, wire) for layer in passed}
-    return [_Place(layers[n], lanes[n]) for n in range(len(layers))], wires
+    return [lanes[n] for n in range(len(layers))], wires
 
 
-def _columns(places: list[_Place], wires: dict[_Edge, int]) -> dict[int, tuple[int, int]]:
+def _columns(lanes: list[int], wires: dict[_Edge, int]) -> list[tuple[int, int]]:
     """Left and right end of every lane; one that only wires use is narrow."""
-    boxes = {place.lane for place in places}
-    columns = {}
+    columns = []
     left = _MARGIN
-    for lane in range(max(boxes | set(wires.values()), default=-1) + 1):
-        right = left + (_WIDTH if lane in boxes else _WIRE)
-        columns[lane] = (left, right)
+    for lane in range(max({*lanes, *wires.values()}, default=-1) + 1):
+        right = left + (_WIDTH if lane in lanes else _WIRE)
+        columns.append((left, right))
         left = right + 12
     return columns
 
 
-def _corner(place: _Place, columns: dict[int, tuple[int, int]]) -> tuple[int, int]:
-    return columns[place.lane][0], _MARGIN + place.layer * (_HEIGHT + _GAP)
+def _rows(layers: list[int], lines: list[list[_Line]]) -> list[tuple[int, int]]:
+    """Upper and lower end of every layer, as high as its fullest box."""
+    rows = []
+    top = _MARGIN
+    for layer in range(max(layers, default=-1) + 1):
+        most = max((len(said) for at, said in zip(layers, lines, strict=True) if at == layer), default=2)
+        rows.append((top, top + most * _LINE + 10))
+        top = rows[-1][1] + _GAP
+    return rows
 
 
-def _edge(
-    edge: _Edge,
-    places: list[_Place],
-    wire: int | None,
-    columns: dict[int, tuple[int, int]],
-    hidden: bool,
-) -> str:
-    (x0, y0), (x1, y1) = (_corner(places[n], columns) for n in edge)
-    x0, y0, x1, y1 = x0 + _WIDTH // 2, y0 + _HEIGHT, x1 + _WIDTH // 2, y1 - 5
+def _edge(edge: _Edge, boxes: list[_Box], wire: _Wire | None, hidden: bool) -> str:
+    source, target = (boxes[n] for n in edge)
+    x0, y0, x1, y1 = source.middle, source.bottom, target.middle, target.top - 5
     path = f"M{x0} {y0}"
     if wire is not None:
-        left, right = columns[wire]
-        middle = (left + right) // 2
-        path += _curve(x0, y0, middle, y0 + _GAP) + f"V{y1 + 5 - _GAP}"
-        x0, y0 = middle, y1 + 5 - _GAP
+        x, top, bottom = wire
+        path += _curve(x0, y0, x, top) + f"V{bottom}"
+        x0, y0 = x, bottom
     path += _curve(x0, y0, x1, y1)
     kind = "wire hidden" if hidden else "wire"
     return f'<path class="{kind}" d="{path}"/><path class="tip" d="M{x1 - 4} {y1 - 2}h8l-4 7z"/>'
@@ -157,31 +172,37 @@ def _curve(x0: int, y0: int, x1: int, y1: int) -> str:
     return f"C{x0} {middle} {x1} {middle} {x1} {y1}"
 
 
-def _box(node: DataflowNode, words: str, x: int, y: int) -> str:
-    role = next((r for r in _PRIORITY if r in node.roles), "plain")
-    weight = f"weight {node.weight}" if node.weight else ""
-    title = ", ".join(part for part in (words, node.op, weight, node.shape) if part)
-    lines = [("op", node.op), ("shape", f"{node.shape or '(several)'}")]
+def _said(node: DataflowNode, words: str) -> list[_Line]:
+    """The lines of a box, each with its class."""
+    lines = [("op", node.op.rpartition("::")[2] or node.op)]
     if words:
         lines.insert(0, ("role", words))
-    if weight:
-        lines[-2] = ("op", f"{_elided(node.op, _LETTERS - len(node.weight or '') - 3)} W{node.weight}")
-    top = y + (_HEIGHT - 16 * len(lines)) // 2 + 12
-    texts = [
-        f'<text class="{kind}" x="{x + 10}" y="{top + 16 * i}">{escape(_elided(text, _LETTERS))}</text>'
-        for i, (kind, text) in enumerate(lines)
-    ]
-    mark = ""
-    if role == "down":
-        mark = f'<text class="fastmark" x="{x + _WIDTH - 8}" y="{y + _HEIGHT - 8}">fast weight</text>'
+    if node.weight:
+        lines.append(("shape", f"W {node.weight}"))
+    return [*lines, ("shape", node.shape or "several tensors")]
+
+
+def _drawn(node: DataflowNode, lines: list[_Line], box: _Box) -> str:
+    role = next((r for r in _PRIORITY if r in node.roles), "plain")
+    first = (box.top + box.bottom - _LINE * len(lines)) // 2 + 12
+    texts = []
+    for i, (kind, line) in enumerate(lines):
+        place = f'x="{box.left + 10}" y="{first + _LINE * i}"'
+        if kind == "role" and role == "down":
+            # One drawing serves sites that are fast weights and sites that are not.
+            texts.append(f'<text class="role fastmark" {place}>{_FAST}</text>')
+            kind = "role slowmark"
+        texts.append(f'<text class="{kind}" {place}>{escape(_elided(line))}</text>')
+    title = escape(", ".join([node.op if kind == "op" else line for kind, line in lines]))
+    rect = f'x="{box.left}" y="{box.top}" width="{_WIDTH}" height="{box.bottom - box.top}" rx="7"'
     return (
-        f'<g class="node r-{role}" data-roles="{escape(" ".join(node.roles))}"><title>{escape(title)}</title>'
-        f'<rect x="{x}" y="{y}" width="{_WIDTH}" height="{_HEIGHT}" rx="7"/>{"".join(texts)}{mark}</g>'
+        f'<g class="node r-{role}" data-roles="{escape(" ".join(node.roles))}"><title>{title}</title>'
+        f"<rect {rect}/>{''.join(texts)}</g>"
     )
 
 
-def _elided(text: str, width: int) -> str:
-    if len(text) <= width:
+def _elided(text: str) -> str:
+    if len(text) <= _LETTERS:
         return text
-    head = max((width - 1) // 2, 1)
-    return f"{text[:head]}\N{HORIZONTAL ELLIPSIS}{text[len(text) - max(width - 1 - head, 1) :]}"
+    head = (_LETTERS - 1) // 2
+    return f"{text[:head]}\N{HORIZONTAL ELLIPSIS}{text[len(text) - (_LETTERS - 1 - head) :]}"
