@@ -29,7 +29,7 @@ code,.mono{font-family:ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace;
 .soft{color:var(--soft)}.problems{border-left:5px solid var(--refused);background:var(--card);
 padding:.4rem 1rem;white-space:pre-wrap}.problems h2{margin-top:.2rem}
 .main{display:grid;grid-template-columns:minmax(0,21rem) minmax(0,1fr);gap:0 2rem}
-@media (max-width:52rem){.main{grid-template-columns:minmax(0,1fr)}.blocks{max-height:19rem}}
+@media (max-width:52rem){.main{grid-template-columns:minmax(0,1fr)}ol.blocks{max-height:19rem}}
 .blocks{position:relative;list-style:none;margin:0;padding:2px .5rem 2px 2px;overflow:auto;max-height:58rem}
 .block{display:flex;gap:.6rem;border:1px solid var(--line);border-radius:7px;background:var(--card);
 padding:.3rem .6rem;margin-bottom:.35rem}.block>b{flex:0 0 2.2rem;text-align:right;font-weight:600}
@@ -70,10 +70,10 @@ font-weight:700}
 details{margin:.4rem 0}summary{cursor:pointer}ol.text{padding-left:2rem}
 table{border-collapse:collapse;width:100%}
 th,td{text-align:left;vertical-align:top;padding:.3rem .8rem .3rem 0;
-border-bottom:1px solid var(--line)}th{font-weight:600;min-width:8rem}td.n,th.n{min-width:0;width:4rem;
+border-bottom:1px solid var(--line)}th{font-weight:600}th[scope]{width:11rem}td.n,th.n{width:4rem;
 text-align:right}
 @media print{body{max-width:none;font-size:11pt}.main{display:block}.blocks{overflow:visible;max-height:none}
-.picker,.js .picker,.skip{display:none}.block,figure{break-inside:avoid}
+.picker,.js .picker{display:none}ol.blocks{max-height:none}.block,figure{break-inside:avoid}
 svg{max-height:22cm}a{text-decoration:none}}
 """
 

@@ -37,7 +37,7 @@ def save(report: Report, path: str | Path) -> Path:
     """
     path = check_path(path)
     try:
-        path.write_text(render(report), encoding="utf-8", errors="replace")
+        path.write_text(render(report), encoding="utf-8")
     except OSError as e:
         raise TTTError(f"{path}: the page cannot be written: {e.strerror or e}") from e
     return path
@@ -69,7 +69,7 @@ def render(report: Report) -> str:
         _configuration(report),
         _rejected(report),
     ]
-    return "\n".join(
+    page = "\n".join(
         [
             "<!DOCTYPE html>",
             '<html lang="en"><head><meta charset="utf-8">',
@@ -82,11 +82,12 @@ def render(report: Report) -> str:
             "",
         ]
     )
+    # Names may hold what no file can (lone surrogates).
+    return page.encode("utf-8", "replace").decode("utf-8")
 
 
 def _text(value: object) -> str:
-    """A value as text of the page; what no file can hold (lone surrogates) is replaced."""
-    return escape(str(value).encode("utf-8", "replace").decode("utf-8"))
+    return escape(str(value))
 
 
 def _main(report: Report) -> str:

@@ -20,7 +20,7 @@ ROLE_NAMES = {
     "multiply": "gate",
     "h": "h",
     "down": "down-projection",
-    "after": "after the MLP",
+    "after": "to the residual",
     "residual": "residual add",
     "input": "from elsewhere",
 }
