@@ -21,6 +21,7 @@ from tests.passes.families import FAMILIES
 from ttt_compiler.errors import TTTError
 from ttt_compiler.passes.dataflow import Dataflow, DataflowNode
 from ttt_compiler.report import Report, Row, explain
+from ttt_compiler.report_assets import STYLE
 from ttt_compiler.report_html import render
 from ttt_compiler.report_svg import draw
 
@@ -120,6 +121,16 @@ class TestDataflow:
                 reached |= {b} if a in reached else set()
             assert {h, down, *by_role(flow, "residual")} <= reached
             assert (h, down) in flow.edges
+
+    def test_more_than_a_reader_can_follow_is_one_path(self, monkeypatch):
+        from ttt_compiler.passes import dataflow
+
+        monkeypatch.setattr(dataflow, "_MAX_NODES", 5)
+        torch._dynamo.reset()
+        flow = flow_of(explain(FAMILIES["bloom"].build(), CONFIG).rows[0])
+        assert flow.notes[-1] == "only the shortest path before the down-projection is drawn, of 11 nodes"
+        assert [flow.nodes[i].op for i in (*by_role(flow, "x"), *by_role(flow, "h"))] == ["layer_norm", "mul"]
+        assert len(flow.nodes) < len(flow_of(report_of("bloom").rows[0]).nodes)
 
     def test_what_cannot_be_drawn_says_so_and_stops_nothing(self, monkeypatch):
         from ttt_compiler.passes import dataflow
@@ -261,6 +272,27 @@ def verticals(path: str) -> list[tuple[int, int, int]]:
     return found
 
 
+def luminance(colour: str) -> float:
+    full = colour if len(colour) == 7 else "#" + "".join(2 * c for c in colour[1:])
+    parts = [int(full[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("place", [0, 1, 2], ids=["light", "dark", "print"])
+def test_text_stands_out(place):
+    """WCAG's 4.5 to 1 for every colour of text on every ground it is used on."""
+    colours = dict(re.findall(r"--([a-z-]+):(#[0-9a-f]{3,6})\b", STYLE.split(":root{")[place + 1]))
+    grounds = ("x", "up", "act", "mul", "h", "res")
+    pairs = [(f"{ground}-l", ground) for ground in grounds]
+    pairs += [(ink, ground) for ink in ("ink", "soft") for ground in (*grounds, "bg", "card")]
+    pairs += [(ink, "card") for ink in ("fast", "refused", "out", "wire")]
+    pairs += [("on-fast", "fast"), ("link", "bg")]
+    for ink, ground in pairs:
+        low, high = sorted((luminance(colours[ink]), luminance(colours[ground])))
+        assert (high + 0.05) / (low + 0.05) >= 4.5, (ink, ground, colours[ink], colours[ground])
+
+
 class TestFile:
     def test_is_written(self, tmp_path):
         path = report_of("llama").save_html(tmp_path / "out.html")
@@ -300,6 +332,20 @@ addEventListener("load", () => setTimeout(() => {
 </script></body>"""
 
 
+SHOWN = """<script>
+addEventListener("load", () => setTimeout(() => {
+  const shown = selector => [...document.querySelectorAll(selector)].filter(e => e.getClientRects().length);
+  document.body.dataset.sites = shown(".site").map(e => e.id).join(" ");
+  document.body.dataset.nodes = shown("g.node").length;
+}, 100));
+</script></body>"""
+
+
+def without_policy(text: str) -> str:
+    """The page with a policy that does not stop what a test adds to measure it."""
+    return re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text)
+
+
 @pytest.mark.skipif(BROWSER is None, reason="no chromium on PATH")
 class TestBrowser:
     def dom(self, page: Path, fragment: str = "", *options: str) -> str:
@@ -324,9 +370,7 @@ class TestBrowser:
 
     @pytest.mark.parametrize("width", [500, 1200])
     def test_a_site_is_selected_and_drawn(self, tmp_path, width):
-        text = render(report_of("deepseek_v3"))
-        # The page's policy would stop the probe.
-        text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text)
+        text = without_policy(render(report_of("deepseek_v3")))
         path = tmp_path / "page.html"
         path.write_text(text.replace("</body>", PROBE), encoding="utf-8")
         dom = Page(self.dom(path, "#site=2", f"--window-size={width},900"))
@@ -343,6 +387,16 @@ class TestBrowser:
         assert second["current"] == ["#site=0"]
         assert second["nodes"] == len(dense.nodes)
         assert second["fast"] == 1
+
+    @pytest.mark.parametrize(("fragment", "shown"), [("", 0), ("#site=1", 1)])
+    def test_works_without_its_script(self, tmp_path, fragment, shown):
+        text = without_policy(render(report_of("deepseek_v3")))
+        text = re.sub(r"<script>.*</script>", "", text, flags=re.DOTALL)
+        path = tmp_path / "page.html"
+        path.write_text(text.replace("</body>", SHOWN), encoding="utf-8")
+        (found,) = (a for _, a in Page(self.dom(path, fragment)).tags if "data-sites" in a)
+        assert found["data-sites"] == f"site={shown}"
+        assert found["data-nodes"] == str(len(flow_of(report_of("deepseek_v3").rows[shown]).nodes))
 
     def test_the_policy_lets_only_the_page_s_own_script_run(self, tmp_path):
         path = tmp_path / "page.html"

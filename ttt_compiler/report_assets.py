@@ -9,9 +9,9 @@ from __future__ import annotations
 
 STYLE = """
 :root{color-scheme:light dark;--bg:#fff;--ink:#1b1f24;--soft:#57606a;--line:#d0d7de;--card:#f6f8fa;
---wire:#6e7781;--link:#0a58ca;--fast:#0b5fad;--on-fast:#fff;--refused:#a40e26;--out:#57606a;
---x:#e3f0e3;--x-l:#2f7d32;--up:#e8eefc;--up-l:#3b5bb5;--act:#fbf0d9;--act-l:#9a6700;
---mul:#f6e8fb;--mul-l:#8a3fa5;--h:#fde7dc;--h-l:#b4501c;--res:#e0f2f1;--res-l:#0b7268}
+--wire:#646d76;--link:#0a58ca;--fast:#0b5fad;--on-fast:#fff;--refused:#a40e26;--out:#57606a;
+--x:#e3f0e3;--x-l:#236a27;--up:#e8eefc;--up-l:#3b5bb5;--act:#fbf0d9;--act-l:#855800;
+--mul:#f6e8fb;--mul-l:#8a3fa5;--h:#fde7dc;--h-l:#9c4212;--res:#e0f2f1;--res-l:#0b7268}
 @media (prefers-color-scheme:dark){:root{--bg:#0f1318;--ink:#e6edf3;--soft:#9da7b1;--line:#333b45;
 --card:#171c23;--wire:#8b949e;--link:#79b8ff;--fast:#4ea1f3;--on-fast:#06121f;--refused:#ff8f8f;--out:#9da7b1;
 --x:#16301a;--x-l:#6fc276;--up:#1b2747;--up-l:#8ea9f5;--act:#35290c;--act-l:#e3b341;

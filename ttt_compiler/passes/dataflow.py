@@ -176,7 +176,10 @@ class _Reader:
                 parts = [origins.get(i, frozenset()) for i in wide]
                 if self._activates(node, activations):
                     found.append("activation")
-                if name == "glu" or (name in _GATES and len(parts) == 2 and not parts[0] & parts[1]):
+                joins = len(parts) == 2 and not parts[0] & parts[1]
+                # A fused kernel that reads two branches is both: activation and gate.
+                may_gate = name in _GATES or view.op_class(node) is OpClass.OTHER
+                if name == "glu" or (site.gated and joins and may_gate):
                     found.append("multiply")
             if node is self.h:
                 found.append("h")
