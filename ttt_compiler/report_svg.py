@@ -33,10 +33,8 @@ _PRIORITY = ("down", "h", "x", "residual", "stream", "up", "activation", "multip
 _LETTERS = 20
 
 _Edge = tuple[int, int]
-
-
-_Line = tuple[str, str]
-_Wire = tuple[int, int, int]
+_Line = tuple[str, str]  # class and text
+_Wire = tuple[int, int, int]  # x, and where it runs straight: from y to y
 
 
 @dataclass(frozen=True)
