@@ -111,6 +111,7 @@ def test_layers(text, layers):
         (["explain", "smollm2", "--layers", "evry:2"], "every:k"),
         (["explain", "smollm2", "--layers", "every:0"], "every:k"),
         (["explain", "smollm2", "--chunk-size", "0"], "chunk_size"),
+        (["explain", "smollm2", "--html", "no-such-folder/out.html"], "mkdir -p no-such-folder"),
         (["demo", "--target", "logits"], "input_embed"),
         (["demo", "--document", "no-such.txt"], "no-such.txt"),
         (["demo", "--tokens", "1000"], "multiple"),
@@ -152,6 +153,15 @@ def test_explain_json(tiny):
     data = json.loads(result.stdout)
     assert [row["chosen"] for row in data["rows"]] == [False, True]
     assert data["problems"] == []
+
+
+def test_explain_html(tiny, tmp_path):
+    page = tmp_path / "out.html"
+    result = run("explain", tiny, "--layers", "1", "--json", "--html", page)
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["rows"]
+    assert f"written: {page}" in result.stderr
+    assert 'id="site=1"' in page.read_text(encoding="utf-8")
 
 
 def test_demo_with_an_untrained_adapter_says_that_the_columns_are_equal(tiny, document, tmp_path):

@@ -69,16 +69,25 @@ def explain(
     lr: RateOption = 0.3,
     target: TargetOption = "hidden_states",
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
+    html: Annotated[
+        Path | None, typer.Option(help="Also write a page with the blocks and their dataflow drawn.")
+    ] = None,
 ) -> None:
     """Say which MLPs of MODEL would become fast weights, why not the others, and the cost."""
     with _friendly():
         config = TTTConfig(layers=parse_layers(layers), chunk_size=chunk_size, lr=lr, target=target)
         from ttt_compiler.pretrained import load_pretrained
         from ttt_compiler.report import explain as explain_model
+        from ttt_compiler.report_html import check_path
 
+        if html is not None:
+            check_path(html)  # before a model is loaded for nothing
         loaded, _ = load_pretrained(model)
         report = explain_model(loaded, config)
         typer.echo(json.dumps(report.to_dict(), indent=1) if as_json else str(report))
+        if html is not None:
+            # Standard output is the report alone, so that --json can be read by a program.
+            typer.echo(f"written: {report.save_html(html)}", err=True)
 
 
 @app.command()

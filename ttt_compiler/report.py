@@ -2,7 +2,7 @@
 
 It never raises: what goes wrong becomes a line of the report. May be changed here: what is
 reported, and its plain-text form (at most ``WIDTH`` columns). Detection and rules belong to
-``discover.py`` and ``conversion.py``.
+``discover.py`` and ``conversion.py``, the page with pictures to ``report_html.py``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 import textwrap
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,11 +28,13 @@ from ttt_compiler.config import TTTConfig
 from ttt_compiler.discover import Discovery, FoundMLP, Inputs, discover
 from ttt_compiler.discovery.choose_layers import block_indices, choose_layers
 from ttt_compiler.errors import NoMLPFoundError
+from ttt_compiler.passes.dataflow import Dataflow
 from ttt_compiler.runtime.root import Root, unwrap
 from ttt_compiler.runtime.state import bytes_per_sequence
 from ttt_compiler.spec import SiteSpec
 
 WIDTH = 110
+LEFT_OUT = "left out by layers="
 _TARGET_SOURCES = {"hidden_states": "the MLP's own input", "input_embed": "the token embeddings"}
 _NAMES_SHOWN = 3
 _LINES_SHOWN = 6
@@ -51,6 +54,7 @@ class Row:
         chosen: whether it is (or would become) a fast weight.
         reason: why it is not; None when chosen.
         causal: whether its input is independent of later tokens; None when not probed.
+        dataflow: what was matched, to be drawn; None when the model could not be captured.
     """
 
     weight: str
@@ -63,6 +67,7 @@ class Row:
     chosen: bool
     reason: str | None
     causal: bool | None
+    dataflow: Dataflow | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -96,33 +101,69 @@ class Report:
     problems: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form."""
-        data = dataclasses.asdict(self)
-        data["rows"] = [dataclasses.asdict(row) for row in self.rows]
+        """JSON-ready form; equal dataflows are listed once, and rows say which is theirs."""
+        data = dataclasses.asdict(dataclasses.replace(self, rows=()))
+        flows = list(dict.fromkeys(row.dataflow for row in self.rows if row.dataflow is not None))
+        places = {flow: place for place, flow in enumerate(flows)}
+        data["rows"] = [
+            {
+                **dataclasses.asdict(dataclasses.replace(row, dataflow=None)),
+                "dataflow": None if row.dataflow is None else places[row.dataflow],
+            }
+            for row in self.rows
+        ]
+        data["dataflows"] = [dataclasses.asdict(flow) for flow in flows]
         data["rejected"] = [{"reason": r, "contractions": list(names)} for r, names in self.rejected]
         data["problems"] = list(self.problems)
         return data
 
-    def __str__(self) -> str:
+    @property
+    def headline(self) -> str:
+        """How many MLPs are (or would be) fast weights."""
         chosen = sum(row.chosen for row in self.rows)
         verb = "are fast weights" if self.converted else "would become fast weights"
-        lines = [f"{self.model}: {chosen} of {len(self.rows)} MLP down-projections {verb}"]
+        return f"{self.model}: {chosen} of {len(self.rows)} MLP down-projections {verb}"
+
+    @property
+    def costs(self) -> dict[str, str]:
+        """What the fast weights cost, in words; empty when there are none."""
+        if not any(row.chosen for row in self.rows):
+            return {}
+        return {
+            "target source": str(self.target_source),
+            "parameters added": f"{self.parameters_added:,}",
+            "state per sequence": _mebibytes(self.state_bytes),
+            "FLOPs per written token": f"+{self.flops_overhead_percent:.1f} % {OVERHEAD_RULE}",
+            "lowering": str(self.lowering),
+        }
+
+    def to_html(self) -> str:
+        """The report with its dataflow drawn, as one page that needs nothing else."""
+        from ttt_compiler.report_html import render
+
+        return render(self)
+
+    def save_html(self, path: str | Path) -> Path:
+        """Write :meth:`to_html` to a file and return its path.
+
+        Raises:
+            TTTError: the file cannot be written.
+        """
+        from ttt_compiler.report_html import save
+
+        return save(self, path)
+
+    def __str__(self) -> str:
+        lines = [self.headline]
         if self.config is not None:
             options = "  ".join(f"{k}={v!r}" for k, v in self.config.items() if k != "version")
             lines += _wrapped(options, "  ")
         if self.rows:
             lines += ["", *_table(self.rows)]
-        if chosen:
-            facts = {
-                "target source": self.target_source,
-                "parameters added": f"{self.parameters_added:,}",
-                "state per sequence": _mebibytes(self.state_bytes),
-                "FLOPs per written token": f"+{self.flops_overhead_percent:.1f} % {OVERHEAD_RULE}",
-                "lowering": self.lowering,
-            }
+        if self.costs:
             lines.append("")
-            for name, value in facts.items():
-                lines += _wrapped(str(value), f"{name:<25}")
+            for name, value in self.costs.items():
+                lines += _wrapped(value, f"{name:<25}")
         if self.rejected:
             lines += ["", "weighted contractions that are no MLP down-projection:"]
             for reason, names in self.rejected:
@@ -263,7 +304,7 @@ def _reason(
     """Why an MLP stays as it is; what the layer choice leaves out may be impossible as well."""
     reason = conversion.why_not(model, config, mlp, found)
     if reason is None and mlp.weight not in keys:
-        reason = f"left out by layers={config.layers!r}"
+        reason = f"{LEFT_OUT}{config.layers!r}"
     return reason
 
 
@@ -279,6 +320,7 @@ def _row(mlp: FoundMLP, reason: str | None) -> Row:
         chosen=reason is None,
         reason=reason,
         causal=mlp.causal,
+        dataflow=mlp.dataflow,
     )
 
 

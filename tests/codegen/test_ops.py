@@ -49,7 +49,7 @@ def state(dtype=torch.float64, chunk=C, batch=B):
 
 
 def spec(chunk=C, lr=LR):
-    return SiteSpec("site.weight", D, F, D, chunk, lr, "hidden_states", True, K).encode()
+    return SiteSpec("site.weight", D, F, D, chunk, lr, "hidden_states", True, K, "site").encode()
 
 
 def stream(splits, args, pos, s, chunk=C):
@@ -195,7 +195,7 @@ def test_fp16_writes_do_not_overflow_on_the_way_to_fp32():
     w0, conv = torch.zeros(D, F).half(), torch.zeros(D, 1, K).half()
     conv[:, 0, K // 2] = 1
     s = state(torch.float16, chunk, batch=1)
-    one = SiteSpec("site.weight", D, F, D, chunk, 1.0, "hidden_states", False, K).encode()
+    one = SiteSpec("site.weight", D, F, D, chunk, 1.0, "hidden_states", False, K, "site").encode()
     torch.ops.ttt.fast_weight_step(h, t, w0, None, conv, None, None, one, *s)
     assert torch.equal(s[0], torch.full((1, D, F), 147456.0))
 

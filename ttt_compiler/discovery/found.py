@@ -5,9 +5,11 @@ May be changed here: fields, with every reader.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+
+from ttt_compiler.passes.dataflow import Dataflow
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class FoundMLP:
         dtype: dtype of the added parameters: the weight's own, or the activations' for a derived one.
         time_major: whether tokens come before rows inside of the model.
         problem: why it cannot become a fast weight whatever the configuration, or None.
+        dataflow: its first use, to be drawn.
     """
 
     weight: str
@@ -50,6 +53,7 @@ class FoundMLP:
     dtype: torch.dtype
     time_major: bool
     problem: str | None
+    dataflow: Dataflow | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from ttt_compiler.compat import is_wrapper_tensor, meta_tensor
 from ttt_compiler.discovery.choose_layers import block_indices
 from ttt_compiler.discovery.found import Discovery, FoundMLP
 from ttt_compiler.discovery.token_path import UNKNOWN, TokenPath, probe
+from ttt_compiler.passes.dataflow import read_dataflow
 from ttt_compiler.passes.embeddings import token_embeddings
 from ttt_compiler.passes.find_mlps import MLPSite, find_mlps
 from ttt_compiler.passes.op_classes import OpClass, class_of, op_name
@@ -108,6 +109,7 @@ class Recorder:
             dtype=dtype,
             time_major=path.time_major,
             problem=path.problem,
+            dataflow=read_dataflow(site),
         )
 
     def _module_of(self, run: _Run, site: MLPSite, key: str) -> str:

@@ -35,12 +35,12 @@ class Activation:
     gated: bool
 
 
-_Branch = tuple[fx.Node, fx.Node | None]  # a projection, and which part of a split one
+Branch = tuple[fx.Node, fx.Node | None]  # a projection, and which part of a split one
 
 
 def find_activation(view: GraphView, region: _Region, operand: fx.Node, d_ff: int) -> Activation | None:
     """Return the nonlinearity on the full-width paths of a region, None when there is none."""
-    branches = _branches(view, region)
+    origins_of = branches(view, region)
     wide = _full_width(view, region, operand, d_ff)
     names: list[str] = []
     gated = False
@@ -48,7 +48,7 @@ def find_activation(view: GraphView, region: _Region, operand: fx.Node, d_ff: in
         if node not in wide:
             continue
         inputs = [i for i in view.data_inputs(node) if view.width(i) != 1]
-        origins = [branches.get(i, frozenset({(i, None)})) for i in inputs]
+        origins = [origins_of.get(i, frozenset({(i, None)})) for i in inputs]
         disjoint = len(origins) == 2 and not origins[0] & origins[1]
         if node in region.opaque:
             names.append(view.name(node))
@@ -82,11 +82,11 @@ def _is_nonlinear(node: fx.Node, name: str, disjoint: bool) -> bool:
     return not is_affine(name)
 
 
-def _branches(view: GraphView, region: _Region) -> dict[fx.Node, frozenset[_Branch]]:
+def branches(view: GraphView, region: _Region) -> dict[fx.Node, frozenset[Branch]]:
     """Which projections, or parts of a split projection, every node is made of."""
-    found: dict[fx.Node, frozenset[_Branch]] = {u: frozenset({(u, None)}) for u in region.ups}
+    found: dict[fx.Node, frozenset[Branch]] = {u: frozenset({(u, None)}) for u in region.ups}
     for node in region.nodes:
-        merged = frozenset[_Branch]().union(*(found.get(i, frozenset()) for i in view.inputs(node)))
+        merged = frozenset[Branch]().union(*(found.get(i, frozenset()) for i in view.inputs(node)))
         picks_part = view.op_class(node) is OpClass.SPLIT and isinstance(
             node.meta.get("example_value", node.meta.get("val")), torch.Tensor
         )

@@ -54,6 +54,9 @@ class MLPSite:
     ``top_weight`` is the weight's placeholder in the outermost graph: the node whose source and
     example input identify the parameter when the site lies in a body (else it is ``weight``). A
     body that is called several times gives one site per call, told apart by ``top_weight`` only.
+
+    ``merge`` is the addition that joins the residual stream, None when this graph has none; ``view``
+    is what the graph was read through.
     """
 
     graph_module: fx.GraphModule
@@ -73,6 +76,8 @@ class MLPSite:
     kind: str
     notes: tuple[str, ...]
     top_weight: fx.Node
+    merge: fx.Node | None
+    view: GraphView
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,6 +186,8 @@ class _Finder:
             kind="moe" if cone.routed or down.kind == "moe" else "dense",
             notes=notes,
             top_weight=self.top.get(down.weight, down.weight),
+            merge=path.merge,
+            view=self.view,
         )
         return _Candidate(site, path.merge)
 

@@ -175,7 +175,7 @@ def _collect(view: GraphView, contractions: Contractions, operand: fx.Node, d_ff
         nodes.append(node)
         if len(nodes) > _MAX_NODES:
             return "too many operations before the contraction"
-        for source in _feature_sources(view, node, d_ff):
+        for source in feature_sources(view, node, d_ff):
             heapq.heappush(heap, (-view.order[source], source))
     if not ups:
         return "no projection before it"
@@ -214,7 +214,7 @@ def _reduces_features(view: GraphView, node: fx.Node) -> bool:
     return tuple(map(str, after)) in (lead, (*lead, "1"))
 
 
-def _feature_sources(view: GraphView, node: fx.Node, d_ff: int) -> list[fx.Node]:
+def feature_sources(view: GraphView, node: fx.Node, d_ff: int) -> list[fx.Node]:
     """Inputs that the features are made of."""
     inputs = view.data_inputs(node)
     if view.op_class(node) in _ONE_OPERAND or view.name(node) in SELECTING:
