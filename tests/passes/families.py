@@ -58,7 +58,7 @@ class Family:
 
 
 _MOE = frozenset({"moe"})
-_BOTH = frozenset({"dense", "moe"})
+_ALL = frozenset({"dense", "moe", "shared"})
 _DOWN = r"mlp\.down_proj\.weight$"
 _OPT = {
     **{k: v for k, v in _DECODER.items() if "intermediate" not in k and "key_value" not in k},
@@ -121,7 +121,7 @@ FAMILIES: dict[str, Family] = {
         },
         r"(mlp|shared_experts|experts)\.down_proj(\.weight)?$",
         count=3,
-        kinds=_BOTH,
+        kinds=_ALL,
     ),
     "opt": Family("OPTConfig", _OPT, r"\.fc2\.weight$"),
     "opt_350m": Family(

@@ -58,7 +58,7 @@ def source_key(node: fx.Node) -> str | None:
 
 
 # Operand places that hold a weight, by canonical operation name.
-_WEIGHT_SLOTS = {
+_WEIGHT_SLOTS: dict[str, tuple[int, ...]] = {
     "linear": (1, 2),
     "addmm": (0, 2),
     "matmul": (1,),
@@ -66,8 +66,11 @@ _WEIGHT_SLOTS = {
     "embedding": (1,),
     "layer_norm": (2, 3),
     "rms_norm": (2,),
+    "einsum": (2,),
     "grouped_mm": (1,),
 }
+# A stack of matrices that something is multiplied by may as well be activations (keys, memories).
+_STACK_SLOTS = ("grouped_mm",)
 
 
 def _only_in_weight_slots(node: fx.Node) -> bool:
@@ -88,6 +91,8 @@ def _only_in_weight_slots(node: fx.Node) -> bool:
         slots = _WEIGHT_SLOTS.get(name, ())
         places = [i for i, a in enumerate(user.args) if a is operand]
         keys = [k for k, a in user.kwargs.items() if a is operand]
+        if value.dim() == 3 and name not in _STACK_SLOTS:
+            return False
         if not all(p in slots for p in places) or not all(k in ("weight", "bias") for k in keys):
             return False
         used = True
@@ -297,8 +302,29 @@ class GraphView:
             static = [i for i in self._inputs[node] if i not in self._data]
             if not static:
                 return None
-            node = max(static, key=self._numel)
+            node = max(static, key=self._root_rank)
         return None
+
+    def is_product(self, node: fx.Node) -> bool:
+        """Whether a static value is a product of weights, up to elementwise factors and layout."""
+        for _ in range(_ROOT_DEPTH):
+            if self._classes[node] is OpClass.CONTRACT:
+                return True
+            static = [i for i in self._inputs[node] if i not in self._data]
+            if node.op in ("placeholder", "get_attr") or not static:
+                return False
+            node = max(static, key=self._root_rank)
+        return False
+
+    def _root_rank(self, node: fx.Node) -> tuple[int, bool]:
+        """Larger first; of two as large (``W + B @ A``), the one that is not a product."""
+        return self._numel(node), not self._names_product(node)
+
+    def _names_product(self, node: fx.Node) -> bool:
+        elementwise = (OpClass.POINTWISE, OpClass.VIEW, OpClass.CAST)
+        while self._classes[node] in elementwise and self._inputs[node]:
+            node = max(self._inputs[node], key=self._numel)
+        return self._classes[node] is OpClass.CONTRACT
 
     def gathered_root(self, node: fx.Node) -> fx.Node | None:
         """Root of ``W[expert_ids]``: data only because of *which* rows of a weight are taken."""
