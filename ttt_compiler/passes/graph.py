@@ -191,11 +191,13 @@ class GraphView:
         self._versions: dict[fx.Node, dict[fx.Node, fx.Node]] = {}
         self._data: set[fx.Node] = set()
         self._reach: dict[fx.Node, int] = {}
+        self._part_writes: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
         self._build()
 
     def _build(self) -> None:
         current: dict[fx.Node, fx.Node] = {}  # value -> the node that wrote it last
         base: dict[fx.Node, fx.Node] = {}  # view -> the value whose memory it shows
+        parts: set[fx.Node] = set()  # views that show a part of it
         for node in self.nodes:
             name = self._names[node] = op_name(node)
             operands = list(dict.fromkeys(flat_nodes((node.args, node.kwargs))))
@@ -211,10 +213,14 @@ class GraphView:
             is_view = self._classes[node] in (OpClass.VIEW, OpClass.SPLIT) and name not in COPYING
             if operands and is_view:
                 base[node] = base.get(operands[0], operands[0])
+                if self._classes[node] is OpClass.SPLIT or operands[0] in parts:
+                    parts.add(node)
             for written in _written_operands(node, operands):
                 current[written] = node
                 if written in base:
                     current[base[written]] = node
+                if written in parts:
+                    self._part_writes[node] = written, base[written]
 
     def _classify(self, node: fx.Node, name: str) -> OpClass:
         if node.op not in ("call_function", "call_method"):
@@ -261,6 +267,10 @@ class GraphView:
     def resolve(self, node: fx.Node, operand: fx.Node) -> fx.Node:
         """Return the version of ``operand`` that ``node`` sees."""
         return self._versions[node].get(operand, operand)
+
+    def part_written(self, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+        """The view a node writes through, and the whole value, when it writes into a part of it."""
+        return self._part_writes.get(node)
 
     def shape(self, node: fx.Node) -> tuple[Dim, ...] | None:
         """Shape of a tensor value, None when it is no tensor or unknown."""

@@ -42,6 +42,7 @@ def follow_axes(view: GraphView, nodes: Sequence[fx.Node], ups: Sequence[fx.Node
         sources = [i for i in view.data_inputs(node) if i in axes]
         if not sources:
             continue
+        _check_write(view, node)
         if view.op_class(node) is OpClass.GATHER:
             routed |= _check_index(view, node, axes[sources[0]])
         axes[node] = _axes_of(view, node, sources, axes)
@@ -220,6 +221,16 @@ def _check_index(view: GraphView, node: fx.Node, before: _Axes) -> bool:
         what = "picks" if name in SELECTING else "writes"
         raise TokensMixError(f"mixes tokens: {name} {what} tokens at fixed places")
     return True
+
+
+def _check_write(view: GraphView, node: fx.Node) -> None:
+    """Refuse a write into single tokens through a view (``h[:, t].copy_(state)``)."""
+    written = view.part_written(node)
+    if written is None:
+        return
+    part, whole = (view.shape(w) or () for w in written)
+    if [str(d) for d in part[:-1]] != [str(d) for d in whole[:-1]]:
+        raise TokensMixError(f"mixes tokens: {view.name(node)} writes tokens at fixed places")
 
 
 def _is_index(node: fx.Node) -> bool:
