@@ -58,7 +58,8 @@ class Family:
 
 
 _MOE = frozenset({"moe"})
-_BOTH = frozenset({"dense", "moe"})
+_SHARED = frozenset({"shared", "moe"})
+_ALL = frozenset({"dense", "moe", "shared"})
 _DOWN = r"mlp\.down_proj\.weight$"
 _OPT = {
     **{k: v for k, v in _DECODER.items() if "intermediate" not in k and "key_value" not in k},
@@ -121,7 +122,7 @@ FAMILIES: dict[str, Family] = {
         },
         r"(mlp|shared_experts|experts)\.down_proj(\.weight)?$",
         count=3,
-        kinds=_BOTH,
+        kinds=_ALL,
     ),
     "opt": Family("OPTConfig", _OPT, r"\.fc2\.weight$"),
     "opt_350m": Family(
@@ -162,5 +163,66 @@ FAMILIES: dict[str, Family] = {
         {k: v for k, v in _DECODER.items() if "key_value" not in k},
         r"layer\.\d+\.output\.dense\.weight$",
         auto="AutoModelForMaskedLM",
+    ),
+}
+
+_MLA = FAMILIES["deepseek_v3"].options
+
+# Families whose routed experts have a shared one beside them.
+SHARED: dict[str, Family] = {
+    "deepseek_v3": FAMILIES["deepseek_v3"],
+    "deepseek_v2": Family(
+        "DeepseekV2Config",
+        {**_MLA, "head_dim": 8},
+        r"(mlp|shared_experts|experts)\.down_proj(\.weight)?$",
+        count=3,
+        kinds=_ALL,
+    ),
+    "llama4": Family(
+        "Llama4TextConfig",
+        {
+            **_DECODER,
+            "head_dim": 16,
+            "intermediate_size": 48,
+            "intermediate_size_mlp": 160,
+            "moe_layers": [1],
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "attention_chunk_size": 16,
+        },
+        r"feed_forward\.(shared_expert\.|experts\.)?down_proj(\.weight)?$",
+        count=3,
+        kinds=_ALL,
+    ),
+    "qwen3_next": Family(
+        "Qwen3NextConfig",
+        {
+            **_DECODER,
+            **_EXPERTS,
+            "head_dim": 16,
+            "shared_expert_intermediate_size": 48,
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+        },
+        r"mlp\.(shared_expert|experts)\.down_proj(\.weight)?$",
+        count=4,
+        kinds=_SHARED,
+    ),
+    "hunyuan_v1_moe": Family(
+        "HunYuanMoEV1Config",
+        {**_DECODER, "head_dim": 16, "num_experts": 4, "moe_topk": 2},
+        r"mlp\.(shared_mlp|experts)\.down_proj(\.weight)?$",
+        count=4,
+        kinds=_SHARED,
+    ),
+    "qwen2_moe": Family(
+        "Qwen2MoeConfig",
+        {**_DECODER, **_EXPERTS, "shared_expert_intermediate_size": 96},
+        r"mlp\.(shared_expert|experts)\.down_proj(\.weight)?$",
+        count=4,
+        kinds=_SHARED,
     ),
 }

@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
-from tests.passes.capture import capture, capture_lm
+from tests.passes.capture import capture, capture_lm, ids, names, reason
 from tests.passes.families import FAMILIES, Family
 from tests.passes.handmade import (
     FF,
@@ -35,12 +35,8 @@ from tests.passes.handmade import (
     WithLoRA,
 )
 from ttt_compiler.passes.embeddings import token_embeddings
-from ttt_compiler.passes.find_mlps import MLPReport, MLPSite, find_mlps
+from ttt_compiler.passes.find_mlps import MLPSite, find_mlps
 from ttt_compiler.passes.graph import source_fqn
-
-
-def names(report: MLPReport) -> list[str]:
-    return sorted(source_fqn(s.top_weight) or "?" for s in report.sites)
 
 
 def node_with_weight(gm: fx.GraphModule, fqn: str) -> fx.Node:
@@ -49,22 +45,12 @@ def node_with_weight(gm: fx.GraphModule, fqn: str) -> fx.Node:
     return user
 
 
-def reason(gm: fx.GraphModule, fqn: str) -> str:
-    found = [r for r in find_mlps(gm).rejections if r.weight and source_fqn(r.weight) == fqn]
-    assert len(found) == 1
-    return found[0].reason
-
-
 @functools.cache
 def graph_of(name: str) -> tuple[nn.Module, fx.GraphModule]:
     """Model and inference graph of a family; shared between tests, so not to be changed."""
     model = FAMILIES[name].build()
     options = {} if name == "bert" else {"use_cache": False}
     return model, capture_lm(model, **options)
-
-
-def ids(length: int = 8) -> torch.Tensor:
-    return torch.randint(0, 101, (2, length))
 
 
 class TestFamilies:

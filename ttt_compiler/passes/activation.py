@@ -42,12 +42,13 @@ def find_activation(view: GraphView, region: _Region, operand: fx.Node, d_ff: in
     """Return the nonlinearity on the full-width paths of a region, None when there is none."""
     origins_of = branches(view, region)
     wide = _full_width(view, region, operand, d_ff)
+    column = view.width(operand) == 1
     names: list[str] = []
     gated = False
     for node in region.nodes:
         if node not in wide:
             continue
-        inputs = [i for i in view.data_inputs(node) if view.width(i) != 1]
+        inputs = [i for i in view.data_inputs(node) if column or view.width(i) != 1]
         origins = [origins_of.get(i, frozenset({(i, None)})) for i in inputs]
         disjoint = len(origins) == 2 and not origins[0] & origins[1]
         if node in region.opaque:
@@ -100,13 +101,14 @@ def _full_width(view: GraphView, region: _Region, operand: fx.Node, d_ff: int) -
     """Nodes of the region that reach the operand without passing a statistic of width one."""
     members = set(region.nodes)
     wide: set[fx.Node] = set()
+    column = view.width(operand) == 1  # W @ h[..., None]: the features are on the axis before the last
     pending = [operand]
     while pending:
         node = pending.pop()
         if node in wide or node not in members:
             continue
         layout = view.op_class(node) is OpClass.VIEW
-        if view.width(node) == 1 and d_ff != 1 and not layout:
+        if view.width(node) == 1 and d_ff != 1 and not layout and not column:
             continue
         wide.add(node)
         pending += view.data_inputs(node)

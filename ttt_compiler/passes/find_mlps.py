@@ -1,42 +1,29 @@
 """Find the MLP down-projections of a captured graph by dataflow, never by name.
 
 For every weighted contraction: what feeds it must be a nonlinear function, token by token, of
-projections of one value x (``mlp_cone.py``), the widths must go d_model -> d_ff -> d_model, and the
-result must join the residual stream (``residual.py``). Everything else is refused with a reason.
+projections of one value x (``mlp_cone.py``, ``tokens.py``), the widths must go d_model -> d_ff ->
+d_model, and the result must join the residual stream (``residual.py``). MLPs side by side are told
+apart by ``siblings.py``, unsupported spellings are named by ``near_misses.py``. Everything else is
+refused with a reason.
 
-May be changed here: the acceptance rule, and which higher-order operators are looked into.
+May be changed here: the acceptance rule. Which higher-order operators are looked into is in
+``bodies.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from torch import fx
 
-from .activation import subgraph
+from .bodies import ONCE, Body, bodies
 from .contractions import Contraction, weighted_contractions
 from .graph import GraphView, StaticTest
 from .mlp_cone import trace_mlp
-from .op_classes import higher_order_name
+from .near_misses import near_miss
 from .residual import follow_output
-
-# Higher-order operators whose body runs exactly once, as if it stood in place of the operator.
-_TRANSPARENT = (
-    "tag_activation_checkpoint",
-    "wrap_activation_checkpoint",
-    "invoke_subgraph",
-    "wrap",
-    "wrap_with_set_grad_enabled",
-    "wrap_with_autocast",
-    "dynamo_bypassing_wrapper",
-)
-
-# nn.TransformerEncoderLayer in eval mode is one operation that contains its MLP.
-_FUSED_ENCODER_LAYER = "_transformer_encoder_layer_fwd"
-_FUSED_ENCODER_REASON = (
-    "a fused encoder layer hides its MLP; call torch.backends.mha.set_fastpath_enabled(False)"
-)
+from .siblings import Branch, is_adapter, is_shared_expert
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,18 +32,27 @@ class MLPSite:
 
     ``graph_module`` is the module whose graph holds the nodes: the captured one or the body of a
     higher-order operator. ``h`` is the data operand exactly as passed, ``x`` the value all
-    up-projections read, behind casts, views and dropout, ``x_operand`` the same as one of
-    them gets it. ``transposed`` tells that the root
-    ``weight`` is stored ``[d_ff, d_model]``, ``operand_transposed`` that ``weight_operand`` (what the
-    contraction gets: the root, a view of it, or a value computed from it) is; ``bias`` is given only if
-    the contraction adds it.
+    up-projections read, behind casts, views and dropout, ``x_operand`` the same as one of them gets
+    it. ``transposed`` tells that the root ``weight`` is stored ``[d_ff, d_model]``,
+    ``operand_transposed`` that ``weight_operand`` (what the contraction gets: the root, a view of it,
+    or a value computed from it) is; ``bias`` is given only if the contraction adds it.
+
+    ``kind`` is ``"moe"`` for routed experts, ``"shared"`` for a shared expert beside them (it sees
+    every token, in sequence order), else ``"dense"``.
 
     ``top_weight`` is the weight's placeholder in the outermost graph: the node whose source and
-    example input identify the parameter when the site lies in a body (else it is ``weight``). A
-    body that is called several times gives one site per call, told apart by ``top_weight`` only.
+    example input identify the parameter when the site lies in a body (else it is ``weight``). In a
+    scan over layers that is the stack ``[L, ...]`` that ``weight`` is sliced from.
 
     ``merge`` is the addition that joins the residual stream, None when this graph has none; ``view``
     is what the graph was read through.
+
+    ``calls`` leads from the outermost graph to the body: the higher-order nodes, outermost first;
+    empty when the site lies in the outermost graph itself. A body that is called several times gives
+    one site per call, with the same nodes and another ``calls``.
+
+    ``body`` is None when the site runs once per run of the graph; else how the outermost body that
+    does not is run: ``"scan"``, ``"cond"``, ``"while_loop"``, ``"map"``, ``"associative_scan"``.
     """
 
     graph_module: fx.GraphModule
@@ -78,6 +74,13 @@ class MLPSite:
     top_weight: fx.Node
     merge: fx.Node | None
     view: GraphView
+    calls: tuple[fx.Node, ...] = ()
+    body: str | None = None
+
+    @property
+    def call(self) -> fx.Node | None:
+        """The higher-order node in the outermost graph, None when the site lies there itself."""
+        return self.calls[0] if self.calls else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,10 +94,16 @@ class Rejection:
 
 @dataclass(frozen=True)
 class MLPReport:
-    """What was found, in graph order; sites in a body stand where the body is called."""
+    """What was found, in graph order; sites in a body stand where the body is called.
+
+    ``sites`` run once per run of the graph and can be rewritten in place. ``nested`` are MLPs in the
+    body of a loop or a branch (``MLPSite.body`` says which): they are MLPs all right, but one node
+    stands for several layers, or for none.
+    """
 
     sites: tuple[MLPSite, ...]
     rejections: tuple[Rejection, ...]
+    nested: tuple[MLPSite, ...] = ()
 
     @property
     def matched_count(self) -> int:
@@ -109,13 +118,9 @@ def find_mlps(gm: fx.GraphModule, is_static: StaticTest | None = None) -> MLPRep
     and off the way an input is used when there are none.
     """
     finder = _Finder(gm, is_static)
-    return MLPReport(tuple(finder.sites), tuple(finder.rejections))
-
-
-@dataclass(frozen=True, eq=False)
-class _Candidate:
-    site: MLPSite
-    merge: fx.Node | None
+    sites = tuple(s for s in finder.sites if s.body is None)
+    nested = tuple(s for s in finder.sites if s.body is not None)
+    return MLPReport(sites, tuple(finder.rejections), nested)
 
 
 class _Finder:
@@ -131,30 +136,37 @@ class _Finder:
         self.top = top or {}
         self.sites: list[MLPSite] = []
         self.rejections: list[Rejection] = []
-        contractions = weighted_contractions(self.view)
-        outcomes: dict[fx.Node, _Candidate | str] = {
-            node: self._judge(contractions, c) for node, c in contractions.items()
-        }
-        candidates = [o for o in outcomes.values() if isinstance(o, _Candidate)]
+        self._contractions = weighted_contractions(self.view)
+        outcomes = {node: self._judge(c) for node, c in self._contractions.items()}
+        found = [o[1] for o in outcomes.values() if not isinstance(o, str)]
         for node in self.view.nodes:
-            operator_name = higher_order_name(node)
-            if operator_name is not None:
-                self._enter(node, operator_name)
-            if self.view.name(node) == _FUSED_ENCODER_LAYER:
-                self.rejections.append(Rejection(node, None, _FUSED_ENCODER_REASON))
-            outcome = outcomes.get(node)
-            if isinstance(outcome, _Candidate):
-                outcome = self._refuse_bottleneck(outcome, candidates) or outcome
-            if isinstance(outcome, _Candidate):
-                self.sites.append(outcome.site)
-            elif outcome is not None:
-                self.rejections.append(Rejection(node, contractions[node].weight, outcome))
+            for body in bodies(gm, node):
+                self._enter(node, body)
+            missed = near_miss(self.view, node)
+            if missed is not None:
+                self.rejections.append(Rejection(node, *missed))
+            if node in outcomes:
+                self._decide(node, outcomes[node], found)
 
-    def _judge(self, contractions: Mapping[fx.Node, Contraction], down: Contraction) -> _Candidate | str:
-        cone = trace_mlp(self.view, contractions, down)
+    def _decide(self, node: fx.Node, outcome: _Outcome, found: list[Branch]) -> None:
+        if not isinstance(outcome, str):
+            site, branch = outcome
+            if not is_adapter(self.view, branch, found):
+                shared = is_shared_expert(self.view, branch, found)
+                self.sites.append(replace(site, kind="shared") if shared else site)
+                return
+            outcome = f"bottleneck: {site.d_ff} hidden features for {site.d_model} (an adapter)"
+        self.rejections.append(Rejection(node, self._contractions[node].weight, outcome))
+
+    def _judge(self, down: Contraction) -> _Outcome:
+        if not self.view.is_data(down.weight_operand) and self.view.is_product(down.weight_operand):
+            return "its weight is a product of weights, not one weight"
+        cone = trace_mlp(self.view, self._contractions, down)
         if isinstance(cone, str):
             return cone
-        path = follow_output(self.view, down, cone.x)
+        path = follow_output(self.view, self._contractions, down, cone.x)
+        if path.refusal is not None:
+            return path.refusal
         expands = down.d_in > down.d_out
         if path.merge is None:
             if path.nonlinear_use:
@@ -168,6 +180,7 @@ class _Finder:
             notes += ("joins a value that bypasses it, not a plain residual",)
         elif path.merge is None:
             notes += ("no residual in this graph",)
+        routed = cone.routed or down.kind == "moe"
         site = MLPSite(
             graph_module=self.view.graph_module,
             contraction=down.node,
@@ -183,55 +196,35 @@ class _Finder:
             d_ff=down.d_in,
             activation=cone.activation,
             gated=cone.gated,
-            kind="moe" if cone.routed or down.kind == "moe" else "dense",
+            kind="moe" if routed else "dense",
             notes=notes,
             top_weight=self.top.get(down.weight, down.weight),
             merge=path.merge,
             view=self.view,
         )
-        return _Candidate(site, path.merge)
+        return site, Branch(down, cone.x, routed, path)
 
-    def _refuse_bottleneck(self, candidate: _Candidate, candidates: list[_Candidate]) -> str | None:
-        """Refuse an adapter; a narrow *shared expert* works beside another MLP, not behind it."""
-        site = candidate.site
-        if site.kind == "moe" or site.d_ff >= site.d_model:
-            return None
-        for other in candidates:
-            beside = (
-                other is not candidate
-                and candidate.merge is not None
-                and other.merge is candidate.merge
-                and not self.view.depends_on(site.x, other.site.contraction)
-            )
-            same_size = other.site.d_ff == site.d_ff or other.site.d_ff >= site.d_model
-            if beside and (other.site.kind == "moe" or same_size):
-                return None
-        return f"bottleneck: {site.d_ff} hidden features for {site.d_model} (an adapter)"
-
-    def _enter(self, node: fx.Node, name: str) -> None:
-        """Search the bodies of a higher-order operator with the taint of its operands."""
-        for place, operand in enumerate(node.args):
-            body = subgraph(self.view.graph_module, operand)
-            if body is None:
-                continue
-            given = [a for a in node.args[place + 1 :] if not isinstance(a, str)]
-            inner = self._search_body(body, given)
-            if name in _TRANSPARENT:
-                note = f"in the body of {name}"
-                self.sites += [replace(s, notes=(*s.notes, note)) for s in inner.sites]
-            else:
-                reason = f"an MLP in the body of {name}, which does not run once per call"
-                self.rejections += [Rejection(s.contraction, s.weight, reason) for s in inner.sites]
-            self.rejections += inner.rejections
-
-    def _search_body(self, body: fx.GraphModule, given: Sequence[object]) -> _Finder:
-        placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]
-        # Operands that precede the lifted values (flags, other bodies) leave the tail aligned.
-        aligned = zip(reversed(placeholders), reversed(given), strict=False)
-        caller = {p: g for p, g in aligned if isinstance(g, fx.Node)}
+    def _enter(self, node: fx.Node, body: Body) -> None:
+        """Search one body of a higher-order operator with the taint of its operands."""
+        caller = body.caller
         top = {p: self.top.get(g, g) for p, g in caller.items()}
 
-        def is_static(node: fx.Node) -> bool:
-            return node in caller and not self.view.is_data(caller[node])
+        def is_static(placeholder: fx.Node) -> bool:
+            given = caller.get(placeholder)
+            return given is not None and placeholder not in body.carried and not self.view.is_data(given)
 
-        return _Finder(body, is_static, top)
+        inner = _Finder(body.graph_module, is_static, top)
+        self.rejections += inner.rejections
+        if body.runs is None:
+            reason = f"an MLP in the body of {body.operator}, which is not run as it stands"
+            self.rejections += [Rejection(s.contraction, s.weight, reason) for s in inner.sites]
+            return
+        note = f"in the body of {body.operator}"
+        runs = None if body.runs == ONCE else body.runs
+        self.sites += [
+            replace(s, notes=(*s.notes, note), calls=(node, *s.calls), body=runs or s.body)
+            for s in inner.sites
+        ]
+
+
+_Outcome = tuple[MLPSite, Branch] | str

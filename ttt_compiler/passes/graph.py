@@ -58,7 +58,7 @@ def source_key(node: fx.Node) -> str | None:
 
 
 # Operand places that hold a weight, by canonical operation name.
-_WEIGHT_SLOTS = {
+_WEIGHT_SLOTS: dict[str, tuple[int, ...]] = {
     "linear": (1, 2),
     "addmm": (0, 2),
     "matmul": (1,),
@@ -66,8 +66,11 @@ _WEIGHT_SLOTS = {
     "embedding": (1,),
     "layer_norm": (2, 3),
     "rms_norm": (2,),
+    "einsum": (2,),
     "grouped_mm": (1,),
 }
+# A stack of matrices that something is multiplied by may as well be activations (keys, memories).
+_STACK_SLOTS = ("grouped_mm",)
 
 
 def _only_in_weight_slots(node: fx.Node) -> bool:
@@ -88,6 +91,8 @@ def _only_in_weight_slots(node: fx.Node) -> bool:
         slots = _WEIGHT_SLOTS.get(name, ())
         places = [i for i, a in enumerate(user.args) if a is operand]
         keys = [k for k, a in user.kwargs.items() if a is operand]
+        if value.dim() == 3 and name not in _STACK_SLOTS:
+            return False
         if not all(p in slots for p in places) or not all(k in ("weight", "bias") for k in keys):
             return False
         used = True
@@ -186,11 +191,13 @@ class GraphView:
         self._versions: dict[fx.Node, dict[fx.Node, fx.Node]] = {}
         self._data: set[fx.Node] = set()
         self._reach: dict[fx.Node, int] = {}
+        self._part_writes: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
         self._build()
 
     def _build(self) -> None:
         current: dict[fx.Node, fx.Node] = {}  # value -> the node that wrote it last
         base: dict[fx.Node, fx.Node] = {}  # view -> the value whose memory it shows
+        parts: set[fx.Node] = set()  # views that show a part of it
         for node in self.nodes:
             name = self._names[node] = op_name(node)
             operands = list(dict.fromkeys(flat_nodes((node.args, node.kwargs))))
@@ -206,10 +213,14 @@ class GraphView:
             is_view = self._classes[node] in (OpClass.VIEW, OpClass.SPLIT) and name not in COPYING
             if operands and is_view:
                 base[node] = base.get(operands[0], operands[0])
+                if self._classes[node] is OpClass.SPLIT or operands[0] in parts:
+                    parts.add(node)
             for written in _written_operands(node, operands):
                 current[written] = node
                 if written in base:
                     current[base[written]] = node
+                if written in parts:
+                    self._part_writes[node] = written, base[written]
 
     def _classify(self, node: fx.Node, name: str) -> OpClass:
         if node.op not in ("call_function", "call_method"):
@@ -257,6 +268,10 @@ class GraphView:
         """Return the version of ``operand`` that ``node`` sees."""
         return self._versions[node].get(operand, operand)
 
+    def part_written(self, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+        """The view a node writes through, and the whole value, when it writes into a part of it."""
+        return self._part_writes.get(node)
+
     def shape(self, node: fx.Node) -> tuple[Dim, ...] | None:
         """Shape of a tensor value, None when it is no tensor or unknown."""
         value = value_of(node)
@@ -297,8 +312,29 @@ class GraphView:
             static = [i for i in self._inputs[node] if i not in self._data]
             if not static:
                 return None
-            node = max(static, key=self._numel)
+            node = max(static, key=self._root_rank)
         return None
+
+    def is_product(self, node: fx.Node) -> bool:
+        """Whether a static value is a product of weights, up to elementwise factors and layout."""
+        for _ in range(_ROOT_DEPTH):
+            if self._classes[node] is OpClass.CONTRACT:
+                return True
+            static = [i for i in self._inputs[node] if i not in self._data]
+            if node.op in ("placeholder", "get_attr") or not static:
+                return False
+            node = max(static, key=self._root_rank)
+        return False
+
+    def _root_rank(self, node: fx.Node) -> tuple[int, bool]:
+        """Larger first; of two as large (``W + B @ A``), the one that is not a product."""
+        return self._numel(node), not self._names_product(node)
+
+    def _names_product(self, node: fx.Node) -> bool:
+        elementwise = (OpClass.POINTWISE, OpClass.VIEW, OpClass.CAST)
+        while self._classes[node] in elementwise and self._inputs[node]:
+            node = max(self._inputs[node], key=self._numel)
+        return self._classes[node] is OpClass.CONTRACT
 
     def gathered_root(self, node: fx.Node) -> fx.Node | None:
         """Root of ``W[expert_ids]``: data only because of *which* rows of a weight are taken."""

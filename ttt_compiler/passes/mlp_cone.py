@@ -18,7 +18,8 @@ from torch import fx
 from .activation import find_activation, inlined_pointwise, looks_like_fused_activation
 from .contractions import Contraction
 from .graph import GraphView
-from .op_classes import PERMUTING, SELECTING, OpClass
+from .op_classes import SELECTING, OpClass
+from .tokens import TokensMixError, follow_axes, token_count, tokens_as_features
 
 _MAX_NODES = 160
 _MAX_LAYERS = 4
@@ -80,13 +81,16 @@ def _trace(
     ups = _common_input(view, contractions, region.ups)
     if isinstance(ups, str):
         return ups
-    if any(_tokens_as_features(view, n) for n in (operand, *(u.contraction.data for u in ups))):
+    if any(tokens_as_features(view, n) for n in (operand, *(u.contraction.data for u in ups))):
         return "mixes tokens: the token axis stands where features are contracted"
     parts = any(view.op_class(n) is OpClass.SPLIT or view.name(n) == "glu" for n in region.nodes)
     wider_is_fine = parts or bool(region.opaque)
     for up in ups:
         if up.d_out != d_ff and not (wider_is_fine and up.d_out > d_ff):
             return f"width: a projection of width {up.d_out} feeds a contraction over {d_ff}"
+    routed = _stays_with_tokens(view, region, operand, d_ff, ups)
+    if isinstance(routed, str):
+        return routed
     found = find_activation(view, region, operand, d_ff)
     if found is None:
         return "no nonlinearity between the projections (low-rank or linear chain)"
@@ -100,8 +104,7 @@ def _trace(
         x_operand=next((u.contraction.h for u in ups if u.d_in == u.contraction.d_in), ups[0].x),
         activation=found.name,
         gated=found.gated,
-        routed=any(u.routed or u.contraction.kind == "moe" for u in ups)
-        or any(view.op_class(n) is OpClass.GATHER for n in region.nodes),
+        routed=routed or any(u.routed or u.contraction.kind == "moe" for u in ups),
         opaque=bool(region.opaque),
         notes=tuple(notes),
     )
@@ -117,6 +120,22 @@ def _trace(
             notes_of_both = (note, *(n for n in inner.notes if "deep" not in n), *cone.notes)
             return replace(cone, x=inner.x, x_operand=inner.x_operand, notes=notes_of_both)
     return f"width: reads {', '.join(map(str, widths))} features but returns {d_model}"
+
+
+def _stays_with_tokens(
+    view: GraphView, region: Region, operand: fx.Node, d_ff: int, ups: list[Up]
+) -> bool | str:
+    """Whether tokens are routed inside of the region, or why it is not token by token."""
+    try:
+        routed = follow_axes(view, region.nodes, region.ups, operand)
+    except TokensMixError as e:
+        return str(e)
+    after = token_count(view, operand, d_ff)
+    for up in ups:
+        before = token_count(view, up.contraction.node, up.contraction.d_out)
+        if not routed and None not in (before, after) and before != after:
+            return f"mixes tokens: {before} tokens are projected, {after} are contracted"
+    return routed
 
 
 def strip_layout(view: GraphView, node: fx.Node, width: int | None) -> tuple[fx.Node, bool]:
@@ -192,11 +211,9 @@ def _blocks(view: GraphView, node: fx.Node) -> str | None:
             return "reads the residual stream (an embedding is reached without a projection)"
         return f"follows {name}, which mixes tokens or features"
     if op_class is OpClass.CONTRACT:
-        return f"follows {name} of activations, not of one weight (attention)"
+        return f"follows {name} of activations, not of one weight (attention, or a computed weight)"
     if name in ("cat", "stack", "hstack", "vstack"):
-        return f"follows {name}: the hidden features are joined with others"
-    if op_class is OpClass.REDUCE and not _reduces_features(view, node):
-        return f"follows {name} over an axis that is not the features"
+        return _joined(view, node, name)
     if op_class is OpClass.OTHER:
         known = inlined_pointwise(view, node) is not None
         if not known and not looks_like_fused_activation(view, node):
@@ -204,14 +221,14 @@ def _blocks(view: GraphView, node: fx.Node) -> str | None:
     return None
 
 
-def _reduces_features(view: GraphView, node: fx.Node) -> bool:
-    before, after = view.shape(view.inputs(node)[0]), view.shape(node)
-    if before is None:
-        return False
-    if after is None:  # var_mean and friends return a pair
-        return True
-    lead = tuple(map(str, before[:-1]))
-    return tuple(map(str, after)) in (lead, (*lead, "1"))
+def _joined(view: GraphView, node: fx.Node, name: str) -> str:
+    parts = [i for i in view.data_inputs(node) if view.width(i) is not None]
+    whole = view.width(node)
+    widths = [w for p in parts if (w := view.width(p)) is not None]
+    if name == "cat" and len(parts) > 1 and whole is not None and sum(widths) == whole:
+        sizes = " + ".join(map(str, widths))
+        return f"follows cat of {len(parts)} values ({sizes} features): one projection of several branches"
+    return f"follows {name}: the hidden activation is joined with other values or tokens"
 
 
 def feature_sources(view: GraphView, node: fx.Node, d_ff: int) -> list[fx.Node]:
@@ -240,8 +257,11 @@ def _common_input(view: GraphView, contractions: Contractions, nodes: tuple[fx.N
         latest = max(ups, key=lambda up: view.order[up.x])
         lower = _linear_source(view, contractions, latest.x)
         if lower is None:
-            count = len({up.x for up in ups})
-            return f"its {len(ups)} projections read {count} different inputs"
+            names = list(dict.fromkeys(up.x.name for up in ups))
+            return (
+                f"its {len(ups)} projections read {len(names)} different inputs ({', '.join(names)}), "
+                "not one value"
+            )
         x, routed = strip_layout(view, lower.data, lower.d_in)
         moved = replace(latest, x=x, d_in=lower.d_in, routed=routed or latest.routed)
         ups[ups.index(latest)] = moved
@@ -258,33 +278,3 @@ def _linear_source(view: GraphView, contractions: Contractions, node: fx.Node) -
             return None
         node = inputs[0]
     return contractions[node]
-
-
-def _tokens_as_features(view: GraphView, node: fx.Node) -> bool:
-    """Whether the last axis was another one shortly before a contraction (MLP-Mixer)."""
-    while view.data_inputs(node):
-        inputs, op_class = view.data_inputs(node), view.op_class(node)
-        if view.name(node) in PERMUTING and moves_last_axis(view, node):
-            return True
-        affine = view.name(node) in ("mul", "add", "sub", "div") and len(inputs) == 1
-        if op_class not in _LAYOUT and not affine:
-            return False
-        node = inputs[0]
-    return False
-
-
-def moves_last_axis(view: GraphView, node: fx.Node) -> bool:
-    """Whether a permuting view brings another axis to the last place."""
-    shape = view.shape(node)
-    rank = len(shape or ())
-    if rank < 2:
-        return False
-    axes = node.args[1:]
-    if len(axes) == 1 and isinstance(axes[0], (list, tuple)):
-        axes = tuple(axes[0])
-    wrapped = [a % rank for a in axes if isinstance(a, int)]
-    if view.name(node) == "permute" and wrapped:
-        return wrapped[-1] != rank - 1
-    if view.name(node) in ("transpose", "movedim") and wrapped:
-        return rank - 1 in wrapped
-    return True
