@@ -14,9 +14,7 @@ from torch import nn
 
 Kind = Literal["dense", "moe", "shared"]
 
-_DOWN = (
-    r"(down_proj|proj_down|dense_4h_to_h|c_proj|fc_out|fc2|lin2|linear_2|w2|w_out|[wW]o|output_linear|layer_2)"
-)
+_DOWN = r"(down_proj|proj_down|dense_4h_to_h|c_proj|fc_out|fc2|lin2|linear_2|w2|w_out|[wW]o|output_linear|layer_2)"
 _MLP = r"(mlp|mlps\.\d+|mlp_block|feed_forward|ffn|ffns\.\d+|ff)"
 
 # In order: the first that fits decides.
@@ -42,7 +40,7 @@ _OWN: dict[str, tuple[tuple[Kind, str], ...]] = {
 _ELSEWHERE = re.compile(
     r"(^|\.)(vision|visual|image|audio|video|multi_modal|speech)\w*\."
     r"|(^|\.)\w*(attn|attention|att|attentions)\."
-    r"|adapter|router|(^|\.)(lm_head|embed\w*)\."
+    r"|adapter|router|norm\.mlp\.|(^|\.)(lm_head|embed\w*)\."
 )
 
 

@@ -24,8 +24,8 @@ _DOTS_SLIDING = {
 _GEMMA4 = {"global_head_dim": 32}
 _SHARED_BLOCK = {
     # The block that attends is one block, used twice.
-    "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
-    "num_hidden_layers": 4,
+    "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
+    "num_hidden_layers": 3,
     "num_key_value_heads": 4,
     "attention_hidden_size": 128,
     "attention_head_dim": 32,
@@ -94,8 +94,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "hash_seed": 0,
     },
     "roc_bert": {"pronunciation_embed_dim": 32, "shape_embed_dim": 32},
+    "xlm": {"causal": True},
+    "xlnet": {"attn_type": "uni"},
     "xmod": {"default_language": "en_XX"},
-    "zamba": _SHARED_BLOCK,
+    "zamba": {**_SHARED_BLOCK, "n_mamba_heads": 2},
     "zamba2": _SHARED_BLOCK,
     "zaya": {"num_experts_per_tok": 1, "layer_types": ["hybrid", "hybrid_sliding"]},
 }

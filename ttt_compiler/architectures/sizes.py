@@ -30,9 +30,11 @@ SIZES: dict[str, Any] = {
     **_same(WIDTH, "hidden_size n_embd d_model emb_dim embedding_size lru_width cross_attention_hidden_size"),
     **_same(WIDTH, "input_embedding_size output_embedding_size backbone_hidden_size out_hidden_size"),
     **_same(WIDTH, "attention_hidden_size hidden_size_global word_embed_proj_dim embedding_dim"),
-    **_same(WIDTH, "adapter_in_dim adapter_input_size adapter_out_dim downsample_hidden_size output_proj_dims"),
+    **_same(
+        WIDTH, "adapter_in_dim adapter_input_size adapter_out_dim downsample_hidden_size output_proj_dims"
+    ),
     **_same(WIDTH, "vision_output_dim projector_input_dim projector_output_dim output_channels input_size"),
-    **_same(WIDTH, "audio_embed_dim mm_embed_dim nemo_conv_channels ext_pw_out_channel"),
+    **_same(WIDTH, "output_proj_dims audio_embed_dim mm_embed_dim nemo_conv_channels ext_pw_out_channel"),
     **_same(WIDTH, "depthwise_separable_out_channel"),
     **_same(HIDDEN, "intermediate_size ffn_dim n_inner encoder_ffn_dim decoder_ffn_dim ffn_hidden_size"),
     **_same(HIDDEN, "d_ff dff dim_ff d_inner feed_forward_size mlp_dim intermediate_size_mlp"),

@@ -158,7 +158,7 @@ def _one_layer_of_each_kind(default: Any, names: set[str]) -> dict[str, Any]:
         return {}
     picked: list[int] = []
     seen: set[tuple[str, str]] = set()
-    for layer in range(int(count or 0)):
+    for layer in range(len(next(iter(lists.values())))):
         kinds = {(name, value[layer]) for name, value in lists.items()}
         if kinds - seen:
             picked.append(layer)
