@@ -16,6 +16,7 @@ from ttt_compiler.architectures import (
     token_inputs,
     unbuildable_types,
 )
+from ttt_compiler.architectures.families import FAMILIES
 from ttt_compiler.architectures.tiny import MAX_PARAMETERS
 
 TYPES = causal_lm_types()
@@ -45,6 +46,18 @@ def test_the_reason_is_one_line(model_type: str) -> None:
         build(model_type)
     assert str(raised.value) == unbuildable_types()[model_type]
     assert "\n" not in str(raised.value)
+
+
+def test_what_would_be_large_is_refused_before_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FAMILIES, "llama", {"intermediate_size": 10**12})
+    with pytest.raises(UnbuildableError, match="parameters, more than 5,000,000"):
+        build("llama")
+
+
+def test_a_refused_configuration_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FAMILIES, "llama", {"num_attention_heads": 5})
+    with pytest.raises(UnbuildableError, match="not a multiple of the number of attention heads"):
+        build("llama")
 
 
 @pytest.mark.parametrize("model_type", BUILDABLE)

@@ -14,7 +14,10 @@ from torch import nn
 
 Kind = Literal["dense", "moe", "shared"]
 
-_DOWN = r"(down_proj|proj_down|dense_4h_to_h|c_proj|fc_out|fc2|lin2|linear_2|w2|w_out|[wW]o|output_linear|layer_2)"
+_DOWN = (
+    r"(down_proj|proj_down|dense_4h_to_h|c_proj|fc_out|fc2|lin2|linear_2"
+    r"|w2|w_out|[wW]o|output_linear|layer_2)"
+)
 _MLP = r"(mlp|mlps\.\d+|mlp_block|feed_forward|ffn|ffns\.\d+|ff)"
 
 # In order: the first that fits decides.

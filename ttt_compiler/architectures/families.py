@@ -33,6 +33,7 @@ _SHARED_BLOCK = {
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
+    # Over short texts sparse attention falls back to this one.
     "big_bird": {"attention_type": "original_full"},
     "bigbird_pegasus": {"attention_type": "original_full"},
     "blt": {"vocab_size": 260, "patch_size": 4, "encoder_hash_byte_group_vocab": 64},

@@ -60,15 +60,19 @@ def build(model_type: str) -> nn.Module:
     if model_type in UNBUILDABLE:
         raise UnbuildableError(UNBUILDABLE[model_type])
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
         try:
+            # Counted without memory first: a field that is not shrunk can make billions of them.
+            with torch.device("meta"):
+                parameters = sum(p.numel() for p in _from_config(model_type).parameters())
+            if parameters > MAX_PARAMETERS:
+                raise UnbuildableError(f"{parameters:,} parameters, more than {MAX_PARAMETERS:,}")
+            torch.manual_seed(0)
             model = _from_config(model_type)
+        except UnbuildableError:
+            raise
         except Exception as error:
             reason = (str(error).strip() or "no message").splitlines()[-1].strip()
             raise UnbuildableError(f"{type(error).__name__}: {reason}") from error
-        parameters = sum(p.numel() for p in model.parameters())
-        if parameters > MAX_PARAMETERS:
-            raise UnbuildableError(f"{parameters:,} parameters, more than {MAX_PARAMETERS:,}")
         _fill_zero_matrices(model)
     return model.eval()
 
