@@ -7,7 +7,7 @@ import torch
 
 from ttt_compiler.config import TTTConfig
 from ttt_compiler.discovery.choose_layers import block_indices, choose_layers
-from ttt_compiler.discovery.found import FoundMLP
+from ttt_compiler.discovery.found import FoundMLP, Place
 from ttt_compiler.errors import ConfigError, LayerSelectionError, TTTError
 from ttt_compiler.spec import SiteSpec
 
@@ -77,8 +77,7 @@ def found_mlp(weight):
         transposed=False,
         block=0,
         causal=True,
-        uses=1,
-        module=weight.rpartition(".")[0],
+        places=(Place(weight, weight.rpartition(".")[0]),),
         derived=False,
         dtype=torch.float32,
         time_major=False,

@@ -13,6 +13,7 @@ import functools
 import glob
 import itertools
 import types
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ from ttt_compiler.compat import forget_compiled_call, inner_tensor, known_parame
 from ttt_compiler.config import TTTConfig
 from ttt_compiler.discover import Discovery, FoundMLP, Inputs, discover
 from ttt_compiler.discovery.choose_layers import choose_layers
+from ttt_compiler.discovery.found import Place
 from ttt_compiler.errors import (
     AlreadyConvertedError,
     NoMLPFoundError,
@@ -66,7 +68,11 @@ OWN_FORWARD = "_ttt_forward"
 
 
 def convert(
-    model: nn.Module, config: TTTConfig | None = None, *, example_inputs: Inputs | None = None
+    model: nn.Module,
+    config: TTTConfig | None = None,
+    *,
+    example_inputs: Inputs | None = None,
+    found: Discovery | None = None,
 ) -> nn.Module:
     """Make the chosen MLP down-projections of ``model`` fast weights; in place.
 
@@ -78,6 +84,7 @@ def convert(
         model: a transformers causal language model, or any module with ``example_inputs``.
         config: defaults to ``TTTConfig()``.
         example_inputs: ``(args, kwargs)`` of one call; transformers models need none.
+        found: what ``discover(model)`` returned, to look at the model once only.
 
     Returns:
         ``model``.
@@ -99,16 +106,17 @@ def convert(
             f"{type(model).__name__} is already converted with {root.config}. Type ttt.revert(model) first"
         )
     check_model(model)
-    found = discover(model, example_inputs)
+    found = discover(model, example_inputs) if found is None else found
     chosen = check_sites(model, config, found)
     requested, config = config, named_layers(config, chosen)
-    specs = tuple(spec for mlp in chosen for spec in site_specs(config, mlp, found, model))
+    specs_of = {mlp.weight: site_specs(config, mlp, found, model) for mlp in chosen}
+    specs = tuple(spec for mlp in chosen for spec in specs_of[mlp.weight])
+    dtypes = {spec.key: mlp.dtype for mlp in chosen for spec in specs_of[mlp.weight]}
     modules = {spec.key: model.get_submodule(spec.module) for spec in specs}
-    weights = {mlp.weight: mlp for mlp in chosen}
     context = CallContext()
     for spec in specs:
         if spec.use == 0:
-            added = _initial_parameters(model, spec, weights[spec.weight].dtype)
+            added = _initial_parameters(model, spec, dtypes[spec.key])
             add_parameters(modules[spec.key], spec, *added)
     for name in dict.fromkeys(spec.module for spec in specs if spec.module):
         group = SiteGroup(s for s in specs if s.module == name)
@@ -122,7 +130,7 @@ def convert(
             requested=requested,
             specs=specs,
             modules=modules,
-            transposed=frozenset(mlp.weight for mlp in chosen if mlp.transposed),
+            transposed=frozenset(s.weight for m in chosen if m.transposed for s in specs_of[m.weight]),
             context=context,
             slots=forward_slots(_plain_forward(model)),
             make_cache=_cache_factory(model),
@@ -244,8 +252,6 @@ def why_not(model: nn.Module, config: TTTConfig, mlp: FoundMLP, found: Discovery
         return 'a shared expert, left out by experts="none"'
     if mlp.problem is not None:
         return mlp.problem
-    if mlp.weight.startswith("<"):
-        return "its weight is not a parameter of the model"
     if config.target == "input_embed":
         if found.embed_width is None:
             return 'target="input_embed" needs one token-embedding look-up, and the model has none or several'
@@ -298,12 +304,18 @@ def site_specs(config: TTTConfig, mlp: FoundMLP, found: Discovery, model: nn.Mod
         target=config.target,
         proj=config.proj,
         conv_kernel=config.conv_kernel,
-        module=mlp.module,
+        module="",
         time_major=mlp.time_major,
         derived=mlp.derived,
         inner=inner_tensor(tensor_of(model, mlp.weight)),
     )
-    return tuple(dataclasses.replace(first, key=site_key(mlp.weight, use)) for use in range(mlp.uses))
+    seen: Counter[Place] = Counter()
+    specs = []
+    for place in mlp.places:
+        key = site_key(place.weight, seen[place])
+        specs.append(dataclasses.replace(first, key=key, module=place.module))
+        seen[place] += 1
+    return tuple(specs)
 
 
 def _initial_parameters(

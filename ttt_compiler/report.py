@@ -256,10 +256,11 @@ def _explain_converted(model: nn.Module, root: Root, inputs: Inputs | None, prob
         config=root.config.to_dict(),
         target_source=_target_source(root.config),
     )
-    keys = tuple(spec.weight for spec in root.specs)
+    sites = {spec.weight for spec in root.specs}
     try:
         with conversion.disabled(model):
             found = discover(model, inputs)
+        keys = tuple(m.weight for m in found.mlps if any(p.weight in sites for p in m.places))
         reasons = {
             m.weight: None if m.weight in keys else _reason(model, root.config, m, found, keys)
             for m in found.mlps

@@ -13,6 +13,20 @@ from ttt_compiler.passes.dataflow import Dataflow
 
 
 @dataclass(frozen=True)
+class Place:
+    """One place of a model that applies a down-projection weight.
+
+    Attributes:
+        weight: the weight's name as seen from that place; tied weights have several names.
+        module: name of the innermost module that holds the weight and whose forward applies it; ``""`` is
+            the model itself.
+    """
+
+    weight: str
+    module: str
+
+
+@dataclass(frozen=True)
 class FoundMLP:
     """One MLP of a model, named by the weight of its down-projection.
 
@@ -26,9 +40,7 @@ class FoundMLP:
         transposed: whether the weight is stored ``[F, D]``.
         block: index of the block it belongs to.
         causal: whether its input at a token is independent of later tokens; None when not probed.
-        uses: how many places of the model apply this weight.
-        module: name of the innermost module that holds the weight and whose forward applies it; ``""`` is
-            the model itself.
+        places: where the model applies this weight, in the order of the forward pass.
         derived: whether the applied matrix is computed from the weight in forward (quantised, parametrised,
             one slice of many).
         dtype: dtype of the added parameters: the weight's own, or the activations' for a derived one.
@@ -47,8 +59,7 @@ class FoundMLP:
     transposed: bool
     block: int
     causal: bool | None
-    uses: int
-    module: str
+    places: tuple[Place, ...]
     derived: bool
     dtype: torch.dtype
     time_major: bool

@@ -16,12 +16,18 @@ from torch import Tensor, fx, nn
 
 from ttt_compiler.compat import is_wrapper_tensor, meta_tensor
 from ttt_compiler.discovery.choose_layers import block_indices
-from ttt_compiler.discovery.found import Discovery, FoundMLP
+from ttt_compiler.discovery.found import Discovery, FoundMLP, Place
 from ttt_compiler.discovery.token_path import UNKNOWN, TokenPath, probe
 from ttt_compiler.passes.dataflow import read_dataflow
 from ttt_compiler.passes.embeddings import token_embeddings
 from ttt_compiler.passes.find_mlps import MLPSite, find_mlps
 from ttt_compiler.passes.op_classes import OpClass, class_of, op_name
+
+UNNAMED = "an MLP whose weight is no parameter or buffer of the model (a view made outside of the graph)"
+IN_LOOP = (
+    "which takes no further operands, so it cannot be given what a fast weight needs. Run the layers one "
+    "after another instead"
+)
 
 
 class Recorder:
@@ -33,8 +39,10 @@ class Recorder:
             model.named_parameters(remove_duplicate=False),
             model.named_buffers(remove_duplicate=False),
         )
+        self.aliases: dict[str, list[str]] = {}
         for name, tensor in itertools.chain(*tensors):
-            self.names.setdefault(id(tensor), name)
+            first = self.names.setdefault(id(tensor), name)
+            self.aliases.setdefault(first, []).append(name)
         self.modules = {str(id(module)): name for name, module in model.named_modules()}
         self.graphs = 0
         self.runs: tuple[list[_Run], list[_Run]] = ([], [])
@@ -63,25 +71,25 @@ class Recorder:
 
     def result(self, leading: tuple[int, int] | None) -> Discovery:
         """Everything that was found; ``leading`` is B and T of the inputs."""
-        first, second = self.runs
-        # Another token may take another path through the graphs; then nothing can be compared.
-        same_path = [r.graph for r in first] == [r.graph for r in second]
-        found: dict[str, list[FoundMLP]] = {}
-        for i, run in enumerate(first):
-            other = second[i].hidden if same_path else {}
-            for site in run.graph.sites:
-                key = run.name_of(site.top_weight) or f"<unnamed {site.weight.name}>"
-                routed = site.kind == "moe"
-                # Routed experts see tokens in expert order: the probe's comparison means nothing there.
-                path = UNKNOWN if routed else probe(run.hidden.get(site.h), other.get(site.h), leading)
-                found.setdefault(key, []).append(self._describe(run, site, key, path))
+        first, second = (_places(runs) for runs in self.runs)
+        found = {
+            key: [
+                self._describe(run, site, key, _probed(place, second.get(key, [])[i : i + 1], leading))
+                for i, place in enumerate(places)
+                for run, site in [place]
+            ]
+            for key, places in first.items()
+            if key is not None
+        }
         blocks = block_indices(list(found))
         mlps = (_merged(places, block) for places, block in zip(found.values(), blocks, strict=True))
         # A weight that one place of the model uses as an MLP may be refused at another.
         rejections = dict.fromkeys(
-            (run.name_of(weight), reason) for run in first for weight, reason in run.graph.rejections
+            (run.name_of(weight), reason) for run in self.runs[0] for weight, reason in run.graph.rejections
         )
-        widths = {r.graph.embed_width for r in first if r.graph.embed_width is not None}
+        if None in first:
+            rejections[None, UNNAMED] = None
+        widths = {r.graph.embed_width for r in self.runs[0] if r.graph.embed_width is not None}
         return Discovery(
             tuple(mlps), tuple(rejections), widths.pop() if len(widths) == 1 else None, self.graphs
         )
@@ -103,8 +111,7 @@ class Recorder:
             transposed=site.transposed,
             block=0,
             causal=path.causal,
-            uses=1,
-            module=self._module_of(run, site, key),
+            places=(self._place(run, site, key),),
             derived=derived,
             dtype=dtype,
             time_major=path.time_major,
@@ -112,16 +119,20 @@ class Recorder:
             dataflow=read_dataflow(site),
         )
 
-    def _module_of(self, run: _Run, site: MLPSite, key: str) -> str:
+    def _place(self, run: _Run, site: MLPSite, key: str) -> Place:
         """The innermost module that holds the weight and whose forward applies it; else the model."""
         captured_as = run.graph.names.get(site.top_weight, key)
         for entry in reversed(list(site.contraction.meta.get("nn_module_stack", {}))):
-            name = self.modules.get(str(entry))
-            if name and captured_as.startswith(f"{name}."):
-                # The graph was captured in one layer and may run for another one here.
-                inner = captured_as.removeprefix(name)
-                return key.removesuffix(inner) if key.endswith(inner) else ""
-        return ""
+            module = self.modules.get(str(entry))
+            for alias in self.aliases.get(captured_as, ()) if module else ():
+                if not alias.startswith(f"{module}."):
+                    continue
+                if captured_as == key:
+                    return Place(alias, str(module))
+                # The graph was captured in another layer than the one that it runs for here.
+                inner = alias.removeprefix(str(module))
+                return Place(key, key.removesuffix(inner) if key.endswith(inner) else "")
+        return Place(key, "")
 
 
 @dataclass(eq=False)
@@ -175,6 +186,29 @@ class _HiddenStates(fx.Interpreter):
         return result
 
 
+def _places(runs: list[_Run]) -> dict[str | None, list[tuple[_Run, MLPSite]]]:
+    """Per weight, where it is applied, in the order of the run."""
+    found: dict[str | None, list[tuple[_Run, MLPSite]]] = {}
+    for run in runs:
+        for site in run.graph.sites:
+            found.setdefault(run.name_of(site.top_weight), []).append((run, site))
+    return found
+
+
+def _probed(
+    place: tuple[_Run, MLPSite], other: list[tuple[_Run, MLPSite]], leading: tuple[int, int] | None
+) -> TokenPath:
+    """Compare a place with the same one of the second run, which may be another graph."""
+    run, site = place
+    if site.body is not None:
+        return TokenPath(None, problem=f"it lies in the body of a {site.body}, {IN_LOOP}")
+    if site.kind == "moe":
+        # Experts get tokens in an order of their own: the comparison would mean nothing.
+        return UNKNOWN
+    second = other[0][0].hidden.get(other[0][1].h) if other else None
+    return probe(run.hidden.get(site.h), second, leading)
+
+
 def _is_view(site: MLPSite) -> bool:
     """Whether the contraction gets the weight itself, up to transposition and casts."""
     node, root = site.weight_operand, site.weight
@@ -195,7 +229,7 @@ def _merged(places: list[FoundMLP], block: int) -> FoundMLP:
     return replace(
         places[0],
         block=block,
-        uses=len(places),
+        places=tuple(place for p in places for place in p.places),
         causal=False if False in causal else None if None in causal else True,
         problem=problems[0] if problems else None,
     )

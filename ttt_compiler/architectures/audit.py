@@ -1,0 +1,185 @@
+"""One architecture under every law: detection against names, conversion against the base and the oracle.
+
+The rewritten graphs run op by op (``backend="inplace_ttt_eager"``): what Inductor makes of the ops is tested
+on a few models elsewhere, and would take a day here. May be changed here: what is checked. The table that
+this fills is ``docs/architectures.md`` (see ``table.py``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ttt_compiler.architectures.expected import expected_down_projections
+from ttt_compiler.architectures.oracle import oracle_call
+from ttt_compiler.architectures.tiny import UnbuildableError, build, token_inputs
+from ttt_compiler.config import TTTConfig
+from ttt_compiler.conversion import convert, revert, why_not
+from ttt_compiler.discover import discover
+from ttt_compiler.discovery.found import Discovery
+from ttt_compiler.runtime.root import require_root
+
+BATCH, TOKENS, CHUNK = 2, 13, 4
+# Prefill, prefill across two chunk borders, then token by token across one more.
+SEGMENTS = (3, 6, 1, 1, 1, 1)
+# fp32 models of a few layers, compared with another order of the same sums: errors against the largest
+# value. An adapter that moves less than EFFECT would make a match meaningless.
+CLOSE, EFFECT = 1e-4, 1e-2
+_SCALE, _LR = 0.1, 0.5
+
+OK, NONE = "yes", "-"
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What was found about one architecture; strings are ``"yes"``, ``"-"`` (nothing to check) or a reason.
+
+    Attributes:
+        model_type: as transformers calls it.
+        traced: whether the base model can be captured at all.
+        graphs: how many graphs it took.
+        found: MLPs found, as ``"2 dense, 1 moe"``.
+        missing: expected down-projections that were not found, each with the reason.
+        false_positives: names that were found and are none.
+        refused: why found MLPs cannot be converted.
+        converted: how many were converted.
+        base: with an untrained adapter the logits equal the base model's bit for bit.
+        oracle: with a random adapter they equal the reference run eagerly.
+        decode: prefill and decode through the model's own cache equal one forward.
+    """
+
+    model_type: str
+    traced: str
+    graphs: int = 0
+    found: str = NONE
+    missing: tuple[str, ...] = ()
+    false_positives: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
+    converted: int = 0
+    base: str = NONE
+    oracle: str = NONE
+    decode: str = NONE
+
+    @property
+    def right(self) -> bool:
+        """Whether everything that was expected was found, nothing else, and every law held."""
+        laws = all(x in (OK, NONE) for x in (self.base, self.oracle))
+        return self.traced == OK and not self.missing and not self.false_positives and laws
+
+
+def audit(model_type: str) -> Audit:
+    """Build, search, convert and run one architecture. Never raises for what the architecture does."""
+    torch._dynamo.reset()
+    try:
+        model = build(model_type)
+    except UnbuildableError as e:
+        return Audit(model_type, traced=f"not built: {e}")
+    inputs = token_inputs(model, BATCH, TOKENS)
+    try:
+        with torch.no_grad():
+            base = _logits(torch.compile(model, backend="eager")(**inputs))
+        found = discover(model, ((), token_inputs(model, BATCH, 9)))
+    except Exception as e:
+        return Audit(model_type, traced=f"not captured: {_short(e)}")
+    result = _detection(model_type, model, found)
+    config = TTTConfig(layers="all", chunk_size=CHUNK, lr=_LR)
+    refusals = {m.weight: why_not(model, config, m, found) for m in found.mlps}
+    good = tuple(glob.escape(name) for name, reason in refusals.items() if reason is None)
+    reasons = tuple(sorted({r for r in refusals.values() if r is not None and "routed" not in r}))
+    result = dataclasses.replace(result, refused=reasons, converted=len(good))
+    if not good:
+        return result
+    with torch.no_grad():
+        own_decode = _attempt(lambda: _decode_error(model, inputs["input_ids"]))
+        try:
+            convert(model, dataclasses.replace(config, layers=good), found=found)
+        except Exception as e:
+            return dataclasses.replace(result, base=f"not converted: {_short(e)}")
+        model.compile(backend="inplace_ttt_eager")
+        result = dataclasses.replace(result, base=_attempt(lambda: _equals_base(model, inputs, base)))
+        _randomise(model)
+        result = dataclasses.replace(result, oracle=_attempt(lambda: _equals_oracle(model, inputs, base)))
+        if own_decode == OK:
+            decode = _attempt(lambda: _decode_error(model, inputs["input_ids"]))
+        else:
+            decode = f"the base model's own does not: {own_decode}"
+        revert(model)
+    return dataclasses.replace(result, decode=decode)
+
+
+def _detection(model_type: str, model: nn.Module, found: Discovery) -> Audit:
+    expected = expected_down_projections(model)
+    names = {m.weight for m in found.mlps}
+    kinds = [m.kind for m in found.mlps]
+    counts = ", ".join(f"{kinds.count(k)} {k}" for k in ("dense", "shared", "moe") if k in kinds)
+    refusals = dict(found.rejections)
+    return Audit(
+        model_type,
+        traced=OK,
+        graphs=found.graphs,
+        found=counts or "none",
+        missing=tuple(f"{n}: {refusals.get(n, 'not seen')}" for n in expected if n not in names),
+        false_positives=tuple(sorted(names - expected.keys())),
+    )
+
+
+def _equals_base(model: nn.Module, inputs: dict[str, Any], base: Tensor) -> str:
+    out = _logits(model(**inputs))
+    return OK if torch.equal(out, base) else f"differs by {float((out - base).abs().max()):.1e}"
+
+
+def _equals_oracle(model: nn.Module, inputs: dict[str, Any], base: Tensor) -> str:
+    fast = _logits(model(**inputs))
+    truth = _logits(oracle_call(model, kwargs=inputs))
+    scale = float(truth.abs().max())
+    effect, error = float((truth - base).abs().max()) / scale, float((fast - truth).abs().max()) / scale
+    if effect < EFFECT:
+        return f"the adapter moves the logits by {effect:.1e} only"
+    return OK if error <= CLOSE else f"differs by {error:.1e} of the largest logit"
+
+
+def _decode_error(model: nn.Module, ids: Tensor) -> str:
+    """One forward against segments through the cache that the model itself makes."""
+    whole = _logits(model(input_ids=ids, use_cache=False))
+    cache, parts = None, []
+    for part in ids.split(SEGMENTS, dim=1):
+        given: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
+        out = model(input_ids=part, use_cache=True, **given)
+        cache = getattr(out, "past_key_values", None)
+        if cache is None:
+            return "it returns no past_key_values"
+        parts.append(_logits(out))
+    error = float((torch.cat(parts, 1) - whole).abs().max() / whole.abs().max())
+    return OK if error <= CLOSE else f"differs by {error:.1e} of the largest logit"
+
+
+def _attempt(check: Callable[[], str]) -> str:
+    try:
+        return check()
+    except Exception as e:
+        return _short(e)
+
+
+def _randomise(model: nn.Module) -> None:
+    root = require_root(model)[1]
+    generator = torch.Generator().manual_seed(2)
+    for spec in root.specs:
+        for parameter in root.parameters(spec):
+            if parameter is not None:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * _SCALE)
+
+
+def _logits(out: Any) -> Tensor:
+    logits: Tensor = out.logits
+    return logits
+
+
+def _short(e: Exception) -> str:
+    lines = str(e).strip().splitlines() or [""]
+    return f"{type(e).__name__}: {lines[0][:160]}"
