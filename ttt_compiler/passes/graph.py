@@ -224,6 +224,8 @@ class GraphView:
                     parts.add(node)
             for written in _written_operands(node, operands):
                 current[written] = node
+                if written in parts and name in ("fill", "zero"):
+                    continue  # a constant in some places does not say what the whole is made of
                 if written in base:
                     current[base[written]] = node
                 if written in parts:
