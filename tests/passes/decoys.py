@@ -139,6 +139,30 @@ class TokensSwappedByViews(SwiGLU):
         return self.down(h.view(b, t // 2, 2, FF).transpose(1, 2).reshape(b, t, FF))
 
 
+class FirstTokenSubtracted(SwiGLU):
+    """Every token's hidden activation minus that of the first token."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.silu(self.gate(x)) * self.up(x)
+        return self.down(h - h[:, :1])
+
+
+class LastTokenRepeated(SwiGLU):
+    """The last token's hidden activation, for all tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.silu(self.gate(x)) * self.up(x)
+        return self.down(h[:, [-1]].expand_as(h))
+
+
+class Pairwise(SwiGLU):
+    """Sums over pairs of tokens, by broadcasting alone: no contraction, no softmax."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = F.silu(self.gate(x)), self.up(x)
+        return self.down((a[:, :, None] * b[:, None]).sum(2))
+
+
 class TokenMax(SwiGLU):
     """From every hidden feature its maximum over the tokens is subtracted."""
 

@@ -144,6 +144,23 @@ class PostNorm(Plain):
         return self.post(self.down(F.gelu(self.up(x))))
 
 
+class Masked(Plain):
+    """Padding tokens' hidden features are set to zero, by a mask made from the tokens' norms."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        empty = x.detach().norm(dim=-1, keepdim=True) == 0
+        return self.down(F.gelu(self.up(x)).masked_fill(empty, 0.0))
+
+
+class FirstTokenCleared(Plain):
+    """The first token's hidden features are overwritten by a constant, in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.gelu(self.up(x))
+        h[:, 0] = 0.0
+        return self.down(h)
+
+
 class LayerScale(SwiGLU):
     """A learned factor per feature, a constant multiplier, and stochastic depth while training."""
 
@@ -264,6 +281,8 @@ SPELLINGS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "squared_relu": (SquaredRelu, ["down.weight"]),
     "learned_activation": (LearnedActivation, ["down.weight"]),
     "prelu": (ScalarPReLU, ["down.weight"]),
+    "masked": (Masked, ["down.weight"]),
+    "first_token_cleared": (FirstTokenCleared, ["down.weight"]),
     "post_norm": (PostNorm, ["down.weight"]),
     "layer_scale": (LayerScale, ["down.weight"]),
     "palm": (PaLM, ["down.weight"]),

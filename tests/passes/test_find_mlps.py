@@ -230,6 +230,18 @@ class TestSpellings:
         (site,) = find_mlps(capture(Model(CustomActivation).train(), ids())).sites
         assert (site.activation, site.gated) == ("silu", True)
 
+    def test_tokens_first_inside_of_the_mlp(self) -> None:
+        """h then has the token axes in another order than x: a reader of both must be told."""
+
+        class TokensFirst(SwiGLU):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return super().forward(x.transpose(0, 1)).transpose(0, 1)
+
+        (site,) = find_mlps(capture(Model(TokensFirst), ids())).sites
+        assert "permuted" in site.notes[0]
+        assert site.x.meta["example_value"].shape[:2] == (2, 8)
+        assert site.h.meta["example_value"].shape[:2] == (8, 2)
+
     def test_foreign_kernel_as_activation(self) -> None:
         @torch.library.custom_op("ttt_test::swiglu", mutates_args=())
         def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

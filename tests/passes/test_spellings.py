@@ -156,6 +156,24 @@ class TestFunctional:
         (site,) = find_mlps(capture(block, torch.randn(2, 8, D), weights)).sites
         assert (site.d_ff, site.d_model, site.transposed) == (FF, D, True)
 
+    @pytest.mark.parametrize("spelling", ["mul", "masked_fill", "where"])
+    def test_padding_mask(self, spelling: str) -> None:
+        """A mask per token, given to the model, does not say what h is made of."""
+        up, down = nn.Linear(D, FF), nn.Linear(FF, D)
+
+        def block(x: Tensor, mask: Tensor) -> Tensor:
+            h = F.gelu(up(F.layer_norm(x, (D,))))
+            if spelling == "mul":
+                h = h * mask[..., None]
+            elif spelling == "where":
+                h = torch.where(mask[..., None], h, 0.0)
+            else:
+                h = h.masked_fill(~mask[..., None], 0.0)
+            return x + down(h)
+
+        report = find_mlps(capture(block, torch.randn(2, 8, D), torch.ones(2, 8, dtype=torch.bool)))
+        assert len(report.sites) == 1
+
     def test_memories_are_no_weights(self) -> None:
         """A batch of keys that is only multiplied by is data, as static as it looks."""
 

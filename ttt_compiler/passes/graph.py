@@ -3,6 +3,13 @@
 Dynamo's graph is not functional (``out.add_(bias)`` stays, and later nodes name the old value), so
 inputs and users are given here *after* in-place writes have been taken into account.
 
+Why no graph library: taint, write versions and operation classes are where the work is, and ``torch.fx``
+already keeps users in order, so a plain traversal is shorter and faster (2.6 ms per graph against 37 ms for
+``networkx.immediate_dominators`` alone). Dominators do define an MLP's input x well (the nearest dominator
+of h with an up-projection between), so networkx checks x in ``tests/passes/test_dominators.py``. They do
+not find the residual (the first post-dominating add is another one in parallel and MoE blocks), and
+sub-graph isomorphism would need one pattern per spelling of an MLP.
+
 May be changed here: what counts as a weight (:func:`is_weight_source`), and how writes are
 versioned. Deciding what is an MLP belongs to ``find_mlps.py``.
 """
@@ -217,6 +224,8 @@ class GraphView:
                     parts.add(node)
             for written in _written_operands(node, operands):
                 current[written] = node
+                if written in parts and name in ("fill", "zero"):
+                    continue  # a constant in some places does not say what the whole is made of
                 if written in base:
                     current[base[written]] = node
                 if written in parts:

@@ -18,7 +18,7 @@ from torch import fx
 from .activation import find_activation, inlined_pointwise, looks_like_fused_activation
 from .contractions import Contraction
 from .graph import GraphView
-from .op_classes import SELECTING, OpClass
+from .op_classes import PERMUTING, SELECTING, OpClass
 from .tokens import TokensMixError, follow_axes, token_count, tokens_as_features
 
 _MAX_NODES = 160
@@ -99,6 +99,8 @@ def _trace(
         notes.append("the activation is a foreign kernel: " + found.name)
     if any(up.d_in != up.contraction.d_in for up in ups):
         notes.append("low-rank side path beside an up-projection")
+    if any(_reorders_tokens(view, up) for up in ups):
+        notes.append("its token axes are permuted between x and the projections")
     cone = MLPCone(
         x=ups[0].x,
         x_operand=next((u.contraction.h for u in ups if u.d_in == u.contraction.d_in), ups[0].x),
@@ -136,6 +138,16 @@ def _stays_with_tokens(
         if not routed and None not in (before, after) and before != after:
             return f"mixes tokens: {before} tokens are projected, {after} are contracted"
     return routed
+
+
+def _reorders_tokens(view: GraphView, up: Up) -> bool:
+    """Whether x has its token axes in another order than the projection that reads it."""
+    node = up.contraction.data
+    while node is not up.x and view.data_inputs(node):
+        if view.name(node) in PERMUTING:
+            return True
+        node = view.inputs(node)[0]
+    return False
 
 
 def strip_layout(view: GraphView, node: fx.Node, width: int | None) -> tuple[fx.Node, bool]:
@@ -236,8 +248,8 @@ def feature_sources(view: GraphView, node: fx.Node, d_ff: int) -> list[fx.Node]:
     inputs = view.data_inputs(node)
     if view.op_class(node) in _ONE_OPERAND or view.name(node) in SELECTING:
         return inputs[:1]
-    if view.name(node) in ("mul", "div") and d_ff != 1:
-        # A factor per token (norm statistic, router weight) does not say what h is made of.
+    if view.name(node) in ("mul", "div", "masked_fill", "where") and d_ff != 1:
+        # A factor per token (norm statistic, router weight, mask) does not say what h is made of.
         wide = [i for i in inputs if view.width(i) != 1]
         return wide or inputs
     return inputs

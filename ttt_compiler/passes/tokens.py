@@ -46,6 +46,8 @@ def follow_axes(view: GraphView, nodes: Sequence[fx.Node], ups: Sequence[fx.Node
         if view.op_class(node) is OpClass.GATHER:
             routed |= _check_index(view, node, axes[sources[0]])
         axes[node] = _axes_of(view, node, sources, axes)
+        if view.op_class(node) is OpClass.SPLIT and not routed:
+            _check_part(view, node, axes[node], ups)
     if operand in axes and not _in_order(axes[operand]):
         raise TokensMixError("mixes tokens: its axes are permuted before the contraction")
     return routed
@@ -94,10 +96,7 @@ def _axes_of(view: GraphView, node: fx.Node, sources: list[fx.Node], axes: Mappi
     elif op_class is OpClass.NORM:
         _check_normalised(view, node, before)
     elif op_class is OpClass.POINTWISE:
-        several = {axes[s] for s in sources if len(axes[s]) == rank and not _broadcast(view, s)}
-        if len(several) > 1 and any(not _in_order(a) for a in several):
-            raise TokensMixError(f"mixes tokens: {name} combines values whose axes are in another order")
-        return next(iter(several), _fresh(rank))
+        return _combined(view, node, [s for s in sources if len(axes[s]) == rank], axes) or _fresh(rank)
     if rank == len(before):
         return before
     if not _in_order(before):
@@ -105,8 +104,35 @@ def _axes_of(view: GraphView, node: fx.Node, sources: list[fx.Node], axes: Mappi
     return _fresh(rank)
 
 
-def _broadcast(view: GraphView, node: fx.Node) -> bool:
-    return sum(d != 1 for d in map(_hint, view.shape(node) or ())) <= 1
+def _combined(
+    view: GraphView, node: fx.Node, sources: list[fx.Node], axes: Mapping[fx.Node, _Axes]
+) -> _Axes | None:
+    """Axes of an elementwise result: tokens wherever an operand that is not broadcast says so."""
+    if not sources:
+        return None
+    result = []
+    for place in range(len(axes[sources[0]])):
+        sizes = {s: (view.shape(s) or ())[place : place + 1] for s in sources}
+        said = {axes[s][place] for s in sources if sizes[s] != (1,)} or {axes[sources[0]][place]}
+        tokens = said - {_FEATURE}
+        if len(tokens) > 1 and not all(_in_order(axes[s]) for s in sources):
+            name = view.name(node)
+            raise TokensMixError(f"mixes tokens: {name} combines values whose axes are in another order")
+        result.append(min(said))
+    return tuple(result)
+
+
+def _check_part(view: GraphView, node: fx.Node, axes: _Axes, ups: Sequence[fx.Node]) -> None:
+    """Refuse a slice along the tokens; what is picked could be given to other tokens by broadcasting."""
+    shape = view.shape(node)
+    sizes = [_hint(d) for d, a in zip(shape or (), axes, strict=False) if a != _FEATURE]
+    before = token_count(view, ups[0], 1)
+    width = view.width(ups[0])
+    if shape is None or before is None or not width or None in sizes:
+        return
+    after, all_tokens = math.prod(s for s in sizes if s is not None), before // width
+    if after < all_tokens:
+        raise TokensMixError(f"mixes tokens: {view.name(node)} picks {after} of {all_tokens} tokens")
 
 
 def _viewed(old: tuple[Dim, ...] | None, new: tuple[Dim, ...] | None, before: _Axes) -> _Axes:
@@ -217,6 +243,10 @@ def _check_index(view: GraphView, node: fx.Node, before: _Axes) -> bool:
         if by_data:
             raise TokensMixError(f"follows {name}, which reorders the hidden features by data")
         return False
+    if name == "setitem" and len(node.args) > 2:
+        written = node.args[2]
+        if not isinstance(written, fx.Node) or not view.is_data(written):
+            return by_data  # a constant, whatever token it is written into
     if not by_data and touched:
         what = "picks" if name in SELECTING else "writes"
         raise TokensMixError(f"mixes tokens: {name} {what} tokens at fixed places")
