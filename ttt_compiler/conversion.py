@@ -25,7 +25,6 @@ from ttt_compiler.compat import forget_compiled_call, inner_tensor, known_parame
 from ttt_compiler.config import TTTConfig
 from ttt_compiler.discover import Discovery, FoundMLP, Inputs, discover
 from ttt_compiler.discovery.choose_layers import choose_layers
-from ttt_compiler.discovery.found import Place
 from ttt_compiler.errors import (
     AlreadyConvertedError,
     NoMLPFoundError,
@@ -119,7 +118,7 @@ def convert(
             added = _initial_parameters(model, spec, dtypes[spec.key])
             add_parameters(modules[spec.key], spec, *added)
     for name in dict.fromkeys(spec.module for spec in specs if spec.module):
-        group = SiteGroup(s for s in specs if s.module == name)
+        group = SiteGroup(name, (s for s in specs if s.module == name))
         attach(model.get_submodule(name), group, context)
     for mlp in found.mlps:
         _seen_weights[tensor_of(model, mlp.weight)] = context if mlp in chosen else None
@@ -309,12 +308,12 @@ def site_specs(config: TTTConfig, mlp: FoundMLP, found: Discovery, model: nn.Mod
         derived=mlp.derived,
         inner=inner_tensor(tensor_of(model, mlp.weight)),
     )
-    seen: Counter[Place] = Counter()
+    seen: Counter[str] = Counter()
     specs = []
     for place in mlp.places:
-        key = site_key(place.weight, seen[place])
-        specs.append(dataclasses.replace(first, key=key, module=place.module))
-        seen[place] += 1
+        key = site_key(place.weight, seen[place.weight])
+        specs.append(dataclasses.replace(first, key=key, module=place.module, call=place.call))
+        seen[place.weight] += 1
     return tuple(specs)
 
 

@@ -39,6 +39,7 @@ class SiteSpec:
         derived: whether W0 is computed from the weight in forward (quantised, parametrised, sliced).
         inner: for a weight that wraps other tensors, the path to a plain one in it; custom ops take no
             wrappers.
+        call: which call of ``module``, within one call of the model, applies the weight here.
     """
 
     key: str
@@ -54,6 +55,7 @@ class SiteSpec:
     time_major: bool = False
     derived: bool = False
     inner: str = ""
+    call: int = 0
 
     def encode(self) -> str:
         """Canonical string form: equal specs give equal strings."""

@@ -20,10 +20,12 @@ class Place:
         weight: the weight's name as seen from that place; tied weights have several names.
         module: name of the innermost module that holds the weight and whose forward applies it; ``""`` is
             the model itself.
+        call: which call of that module within one call of the model.
     """
 
     weight: str
     module: str
+    call: int = 0
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,8 @@ class Recorder:
             first = self.names.setdefault(id(tensor), name)
             self.aliases.setdefault(first, []).append(name)
         self.modules = {str(id(module)): name for name, module in model.named_modules()}
+        # Per module, which call of it an entry of a node's module stack stands for, in one run of a graph.
+        self.calls: dict[str, dict[tuple[int, str], int]] = {}
         self.graphs = 0
         self.runs: tuple[list[_Run], list[_Run]] = ([], [])
         self._second = False
@@ -122,13 +124,18 @@ class Recorder:
     def _place(self, run: _Run, site: MLPSite, key: str) -> Place:
         """The innermost module that holds the weight and whose forward applies it; else the model."""
         captured_as = run.graph.names.get(site.top_weight, key)
-        for entry in reversed(list(site.contraction.meta.get("nn_module_stack", {}))):
-            module = self.modules.get(str(entry))
+        stack = site.contraction.meta.get("nn_module_stack", {})
+        for entry, (path, _) in reversed(list(stack.items())):
+            # Dynamo counts the calls of a module behind an @, unless they are made under different names.
+            module = self.modules.get(str(entry).partition("@")[0])
             for alias in self.aliases.get(captured_as, ()) if module else ():
                 if not alias.startswith(f"{module}."):
                     continue
                 if captured_as == key:
-                    return Place(alias, str(module))
+                    calls = self.calls.setdefault(str(module), {})
+                    return Place(
+                        alias, str(module), calls.setdefault((id(run), f"{entry}:{path}"), len(calls))
+                    )
                 # The graph was captured in another layer than the one that it runs for here.
                 inner = alias.removeprefix(str(module))
                 return Place(key, key.removesuffix(inner) if key.endswith(inner) else "")
@@ -142,12 +149,13 @@ class _Graph:
     gm: fx.GraphModule
     names: Mapping[fx.Node, str]
     sites: tuple[MLPSite, ...] = ()
+    nested: tuple[MLPSite, ...] = ()
     rejections: tuple[tuple[fx.Node | None, str], ...] = ()
     embed_width: int | None = None
 
     def __post_init__(self) -> None:
         report = find_mlps(self.gm)
-        self.sites = report.sites
+        self.sites, self.nested = report.sites, report.nested
         self.rejections = tuple((r.weight, r.reason) for r in report.rejections)
         embeddings = [meta_tensor(n) for n in token_embeddings(self.gm)]
         if len(embeddings) == 1 and embeddings[0] is not None:
@@ -190,7 +198,7 @@ def _places(runs: list[_Run]) -> dict[str | None, list[tuple[_Run, MLPSite]]]:
     """Per weight, where it is applied, in the order of the run."""
     found: dict[str | None, list[tuple[_Run, MLPSite]]] = {}
     for run in runs:
-        for site in run.graph.sites:
+        for site in (*run.graph.sites, *run.graph.nested):
             found.setdefault(run.name_of(site.top_weight), []).append((run, site))
     return found
 

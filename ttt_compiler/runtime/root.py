@@ -27,7 +27,7 @@ from ttt_compiler.errors import (
     UnsupportedModelError,
 )
 from ttt_compiler.runtime.cache import attach_state, is_carrier
-from ttt_compiler.runtime.site import CallContext, FastWeightSite, mark_all_uses, weight_of
+from ttt_compiler.runtime.site import CallContext, FastWeightSite, mark, weight_of
 from ttt_compiler.runtime.state import FastWeightState, check_fits
 from ttt_compiler.spec import SiteSpec
 
@@ -66,8 +66,7 @@ class Root:
 
     def __post_init__(self) -> None:
         # Sites that no module but the model itself stands for are marked at the start of its forward.
-        self.own_specs = tuple(s for s in self.specs if not s.module)
-        self.own_constants = tuple(s.encode() for s in self.own_specs)
+        self.own_sites = tuple((s, s.encode()) for s in self.specs if not s.module)
 
     def parameters(self, spec: SiteSpec) -> tuple[nn.Parameter, nn.Parameter | None]:
         """conv and P of a site."""
@@ -204,8 +203,9 @@ class Root:
         self.context.state = state
         self.context.tokens = self._rows(args, kwargs)
         self.context.pos = self._positions(args, kwargs, state)
-        if self.own_specs:
-            mark_all_uses(model, self.own_specs, self.own_constants, self.context)
+        if self.own_sites:
+            assert self.context.tokens is not None
+            mark(model, self.own_sites, self.context, self.context.tokens)
 
     def leave(self) -> None:
         """Captured with the model: drop what :meth:`enter` set."""

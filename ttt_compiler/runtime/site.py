@@ -30,7 +30,7 @@ class CallContext:
         tokens: the call's input ids or embeddings ``[B, T, ..]``: its size, for modules that flatten rows.
         pos: int64 ``[B or 1, T]`` positions (0 starts a document, negative is padding) or None.
         state: the running sequences, or None for a stateless call.
-        uses: how often each module that several places share has been called in this call.
+        uses: how often each module that several places share has been called so far.
     """
 
     def __init__(self) -> None:
@@ -51,22 +51,19 @@ class CallContext:
 
 
 class SiteGroup:
-    """The sites of one module, in the order of their keys.
+    """The sites of one module.
 
     Attributes:
-        specs: per weight, the places that apply it, in the order of the forward pass.
-        constants: the same, encoded.
+        name: the module's name.
+        calls: per call of the module within one call of the model, its sites with their encoded constants.
     """
 
-    def __init__(self, specs: Iterable[SiteSpec]) -> None:
-        by_weight: dict[str, list[SiteSpec]] = {}
+    def __init__(self, name: str, specs: Iterable[SiteSpec]) -> None:
+        by_call: dict[int, list[tuple[SiteSpec, str]]] = {}
         for spec in specs:
-            by_weight.setdefault(spec.weight, []).append(spec)
-        self.specs = tuple(tuple(places) for places in by_weight.values())
-        self.constants = tuple(tuple(s.encode() for s in places) for places in by_weight.values())
-
-    def __iter__(self) -> Any:
-        return (spec for places in self.specs for spec in places)
+            by_call.setdefault(spec.call, []).append((spec, spec.encode()))
+        self.name = name
+        self.calls = tuple(tuple(by_call[call]) for call in sorted(by_call))
 
 
 class FastWeightSite:
@@ -86,46 +83,40 @@ class FastWeightSite:
 def _marked(
     module: Any, group: SiteGroup, call: CallContext, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    sites = _next_call(group, call)
     for i, x in enumerate(args):
         if isinstance(x, Tensor):
-            return (*args[:i], mark_next_use(module, group, call, x), *args[i + 1 :]), kwargs
+            return (*args[:i], mark(module, sites, call, x), *args[i + 1 :]), kwargs
     for name, x in kwargs.items():
         if isinstance(x, Tensor):
-            return args, {**kwargs, name: mark_next_use(module, group, call, x)}
-    raise UnsupportedModelError(
-        f"{group.specs[0][0].module}: a fast-weight module was called without a tensor argument"
-    )
+            return args, {**kwargs, name: mark(module, sites, call, x)}
+    raise UnsupportedModelError(f"{group.name}: a fast-weight module was called without a tensor argument")
 
 
-def mark_next_use(module: Any, group: SiteGroup, call: CallContext, x: Tensor) -> Tensor:
-    """``x`` behind one marker per weight, for the next of the places that share each weight."""
-    for places, constants in zip(group.specs, group.constants, strict=True):
-        use = 0
-        if len(places) > 1:
-            weight = places[0].weight
-            if not call.active:
-                raise UnsupportedModelError(
-                    f"{weight} is shared by {len(places)} places, and which one this is can only be told in "
-                    "a call of the whole model. Compile and call the model that was converted"
-                )
-            use = call.uses.get(weight, 0)
-            if use == len(places):
-                raise UnsupportedModelError(
-                    f"{weight} was applied {use} times when the model was converted, and now more often. "
-                    "Type ttt.revert(model) and convert it with example_inputs that show all of its places"
-                )
-            call.uses[weight] = use + 1
-        x = _mark(module, places[use], constants[use], call, x)
+def _next_call(group: SiteGroup, call: CallContext) -> Sequence[tuple[SiteSpec, str]]:
+    """The sites of this call of a module that several places of the model share."""
+    if len(group.calls) == 1:
+        return group.calls[0]
+    if not call.active:
+        raise UnsupportedModelError(
+            f"{group.name} is called in {len(group.calls)} places of the model; which one this is can only "
+            "be told in a call of the whole model. Compile and call the model that was converted"
+        )
+    use = call.uses.get(group.name, 0)
+    if use == len(group.calls):
+        raise UnsupportedModelError(
+            f"{group.name} was called {use} times when the model was converted, and now more often. Type "
+            "ttt.revert(model) and convert it with example_inputs that show all of its places"
+        )
+    call.uses[group.name] = use + 1
+    return group.calls[use]
+
+
+def mark(module: Any, sites: Sequence[tuple[SiteSpec, str]], call: CallContext, x: Tensor) -> Tensor:
+    """``x`` behind one marker per site."""
+    for spec, constants in sites:
+        x = _mark(module, spec, constants, call, x)
     return x
-
-
-def mark_all_uses(
-    module: Any, specs: Sequence[SiteSpec], constants: Sequence[str], call: CallContext
-) -> None:
-    """Markers of sites that no module's forward stands for, at the start of the model's own forward."""
-    assert call.tokens is not None
-    for spec, text in zip(specs, constants, strict=True):
-        _mark(module, spec, text, call, call.tokens)
 
 
 def _mark(module: Any, spec: SiteSpec, constants: str, call: CallContext, x: Tensor) -> Tensor:
