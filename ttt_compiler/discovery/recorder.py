@@ -33,8 +33,9 @@ IN_LOOP = (
 class Recorder:
     """Use as ``backend=``, run the model twice (see ``token_path.py``), then take :meth:`result`."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.names: dict[int, str] = {}
+    def __init__(self, model: nn.Module, names: Mapping[int, str] | None = None) -> None:
+        """Args: the model, and names of tensors that it does not hold, by identity."""
+        self.names: dict[int, str] = dict(names or {})
         tensors = (
             model.named_parameters(remove_duplicate=False),
             model.named_buffers(remove_duplicate=False),
@@ -70,6 +71,10 @@ class Recorder:
     def start_second_run(self) -> None:
         """What runs from here on has another last token in its first row."""
         self._second = True
+
+    def without_running(self, gm: fx.GraphModule) -> None:
+        """Record one run of which nothing is known but the graph."""
+        self.runs[0].append(_Run(_Graph(gm, {}), {}))
 
     def result(self, leading: tuple[int, int] | None) -> Discovery:
         """Everything that was found; ``leading`` is B and T of the inputs."""
@@ -125,7 +130,7 @@ class Recorder:
         """The innermost module that holds the weight and whose forward applies it; else the model."""
         captured_as = run.graph.names.get(site.top_weight, key)
         stack = site.contraction.meta.get("nn_module_stack", {})
-        for entry, (path, _) in reversed(list(stack.items())):
+        for entry, (path, *_) in reversed(list(stack.items())):
             # Dynamo counts the calls of a module behind an @, unless they are made under different names.
             module = self.modules.get(str(entry).partition("@")[0])
             for alias in self.aliases.get(captured_as, ()) if module else ():
