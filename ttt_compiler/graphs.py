@@ -147,7 +147,9 @@ class _Inputs:
 
     def __init__(self, gm: fx.GraphModule) -> None:
         view = GraphView(gm)
-        self._given = {str(n.target): n for n in gm.graph.find_nodes(op="placeholder") if view.is_data(n)}
+        self._given: dict[str, fx.Node] = {
+            str(n.target): n for n in gm.graph.find_nodes(op="placeholder") if view.is_data(n)
+        }
 
     def tokens(self) -> fx.Node | None:
         """The first input of at least two dimensions: ids or embeddings."""
