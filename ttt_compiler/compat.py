@@ -283,6 +283,20 @@ def inner_tensor(value: Any) -> str:
     return ".".join(path)
 
 
+def module_stack(node: fx.Node) -> list[tuple[int, str]]:
+    """The modules whose forward a node comes from, innermost first: identity, and which call of it.
+
+    Checked on 2.13: Dynamo keys ``nn_module_stack`` by ``id(module)`` and counts calls behind an ``@``,
+    unless the module is reached under another name, which is the entry's first item. Other graphs have other keys.
+    """
+    found = []
+    for key, value in reversed(list(node.meta.get("nn_module_stack", {}).items())):
+        identity = str(key).partition("@")[0]
+        if identity.isdecimal():
+            found.append((int(identity), f"{key}:{value[0]}"))
+    return found
+
+
 def wrapper_of(node: fx.Node) -> fx.Node | None:
     """The graph input that is the wrapper tensor of which ``node``, a graph input too, is a part.
 

@@ -108,7 +108,7 @@ def audit(model_type: str) -> Audit:
         if own_decode == OK:
             decode = _attempt(lambda: _decode_error(model, inputs["input_ids"]))
         else:
-            decode = f"the base model's own does not: {own_decode}"
+            decode = f"the base model's own does not: {_without_numbers(own_decode)}"
         revert(model)
     return dataclasses.replace(result, decode=decode)
 
@@ -162,6 +162,11 @@ def _decode_error(model: nn.Module, ids: Tensor) -> str:
         parts.append(_logits(out))
     error = float((torch.cat(parts, 1) - whole).abs().max() / whole.abs().max())
     return OK if error <= CLOSE else f"differs by {error:.1e} of the largest logit"
+
+
+def _without_numbers(reason: str) -> str:
+    """What is not about this package must not change the table from one machine to the next."""
+    return "it differs from its forward" if reason.startswith("differs by") else reason
 
 
 def _attempt(check: Callable[[], str]) -> str:
