@@ -14,6 +14,7 @@ from ttt_compiler.errors import (
     CacheError,
     ConversionLostError,
     GraphRewriteError,
+    LayerSelectionError,
     NoMLPFoundError,
     TTTError,
     UnsupportedModelError,
@@ -225,16 +226,20 @@ class Encoded(nn.Module):
 
 
 def test_what_is_no_row_per_token_is_refused_with_the_reason():
-    with pytest.raises(UnsupportedModelError, match="not one row of features per token"):
+    with pytest.raises(NoMLPFoundError, match="not one row of features per token"):
         ttt.convert(Prompted(), CONFIG, example_inputs=((inputs(),), {}))
     images = torch.randn(2, 11, unusual.D)
-    with pytest.raises(UnsupportedModelError, match=r"tower.*does not depend on the tokens"):
-        ttt.convert(Encoded(), CONFIG, example_inputs=((inputs(), images), {}))
-    model = ttt.convert(
-        Encoded(),
-        ttt.TTTConfig(layers=["text.*"], chunk_size=4, lr=1.0),
-        example_inputs=((inputs(), images), {}),
-    )
+    example = ((inputs(), images), {})
+    report = ttt.explain(Encoded(), CONFIG, example_inputs=example)
+    assert {r.weight: r.chosen for r in report.rows} == {
+        "tower.mlps.0.down.weight": False,
+        "text.mlps.0.down.weight": True,
+    }
+    assert "does not depend on the tokens" in str(report).replace("\n", " ")
+    with pytest.raises(LayerSelectionError, match="tower"):
+        ttt.convert(Encoded(), ttt.TTTConfig(layers=["tower.*"]), example_inputs=example)
+    model = ttt.convert(Encoded(), CONFIG, example_inputs=example)
+    assert {n for n, _ in model.named_parameters() if "ttt_conv" in n} == {"text.mlps.0.down.ttt_conv"}
     models.randomize(model).compile(backend=BACKEND)
     with torch.no_grad():
         y = model(inputs(), images)

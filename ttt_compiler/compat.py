@@ -287,7 +287,8 @@ def module_stack(node: fx.Node) -> list[tuple[int, str]]:
     """The modules whose forward a node comes from, innermost first: identity, and which call of it.
 
     Checked on 2.13: Dynamo keys ``nn_module_stack`` by ``id(module)`` and counts calls behind an ``@``,
-    unless the module is reached under another name, which is the entry's first item. Other graphs have other keys.
+    unless the module is reached under another name, which is the entry's first item. Other graphs have
+    other keys.
     """
     found = []
     for key, value in reversed(list(node.meta.get("nn_module_stack", {}).items())):

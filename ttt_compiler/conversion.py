@@ -415,7 +415,8 @@ def _nothing_found(model: nn.Module, found: Discovery) -> str:
     lines = [
         f"no MLP down-projection found in {type(model).__name__} ({found.graphs} captured graphs). Refused:"
     ]
-    lines += [f"  {m.weight}: {ROUTED}" for m in found.mlps if m.kind == "moe"]
+    config = TTTConfig()
+    lines += [f"  {m.weight}: {why_not(model, config, m, found)}" for m in found.mlps]
     lines += [f"  {name or '<unnamed>'}: {reason}" for name, reason in found.rejections]
     lines.append(
         "An MLP is a projection D -> F, a nonlinearity, and a projection F -> D into the residual stream"

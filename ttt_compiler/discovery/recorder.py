@@ -113,7 +113,7 @@ class Recorder:
             d_ff=site.d_ff,
             activation=site.activation,
             gated=site.gated,
-            kind=site.kind,
+            kind=site.kind if path.of_tokens else "other",
             bias=site.bias is not None,
             transposed=site.transposed,
             block=0,
