@@ -22,8 +22,10 @@ from transformers import (
 
 import ttt_compiler as ttt
 from tests import models
+from ttt_compiler.architectures import build, token_inputs
 from ttt_compiler.errors import (
     AlreadyConvertedError,
+    LayerSelectionError,
     NoMLPFoundError,
     NonCausalModelError,
     NotCompiledError,
@@ -218,3 +220,37 @@ def test_a_model_on_the_meta_device_is_refused():
         ttt.convert(model, ttt.TTTConfig(layers="all"))
     assert not any("ttt_" in n for n, _ in model.named_parameters())
     assert "Load them first" in str(ttt.explain(model))
+
+
+def test_a_function_chooses_layers_and_is_stored_as_names(tmp_path):
+    def second(mlp):
+        return mlp.block == 1 and mlp.d_ff == 80
+
+    tokens = models.ids(2, 9)
+    options = {"layers": second, "chunk_size": 4}
+    model = models.tiny()
+    assert "<function second>" in str(ttt.explain(model, ttt.TTTConfig(**options)))
+    with torch.no_grad():
+        torch.compile(model, backend="inplace_ttt_eager", options=options)(tokens)
+        torch.compile(model, backend="inplace_ttt_eager", options=options)(tokens)
+    added = {n for n, _ in model.named_parameters() if "ttt_" in n}
+    assert added == {f"model.layers.1.mlp.down_proj.ttt_{p}" for p in ("conv", "proj")}
+    assert ttt.convert(model, ttt.TTTConfig(**options)) is model
+    ttt.save_adapter(model, tmp_path)
+    other = ttt.load_adapter(models.tiny(), tmp_path)
+    assert {n for n, _ in other.named_parameters() if "ttt_" in n} == added
+    with pytest.raises(LayerSelectionError, match="selects none"):
+        ttt.convert(models.tiny(), ttt.TTTConfig(layers=lambda mlp: False))
+
+
+def test_experts_none_leaves_shared_experts_alone():
+    model = build("deepseek_v3")
+    names = {m.weight: m.kind for m in ttt.find_sites(model, **token_inputs(model, 2, 9))}
+    assert sorted(names.values()) == ["dense", "moe", "shared"]
+    for experts, kinds in (("shared", {"dense", "shared"}), ("none", {"dense"})):
+        ttt.convert(model, ttt.TTTConfig(layers="all", experts=experts))
+        chosen = {
+            n.removesuffix("ttt_conv") + "weight" for n, _ in model.named_parameters() if "ttt_conv" in n
+        }
+        assert {names[n] for n in chosen} == kinds
+        ttt.revert(model)

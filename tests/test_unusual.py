@@ -27,6 +27,11 @@ def quantised():
     return unusual.Stack(mlp, unusual.MLP())
 
 
+def checkpointed_shared():
+    mlp = unusual.MLP()
+    return unusual.Stack(unusual.Checkpointed(mlp), unusual.Checkpointed(mlp))
+
+
 def bitnet():
     mlp = unusual.MLP()
     mlp.down = unusual.NormalisingLinear(unusual.FF, unusual.D)
@@ -50,6 +55,10 @@ ZOO = {
     "checkpointed": (
         lambda: unusual.Stack(unusual.Checkpointed(unusual.MLP())),
         ["mlps.0.inner.down.weight"],
+    ),
+    "checkpointed_shared": (
+        checkpointed_shared,
+        [f"mlps.{i}.inner.down.weight" for i in range(2)],
     ),
     "checkpointed_raw": (unusual.CheckpointedRaw, ["p.down"]),
     "nanogpt": (unusual.NanoGPT, ["blocks.0.mlp.2.weight", "blocks.1.mlp.2.weight"]),
@@ -126,7 +135,9 @@ def test_segments_on_a_running_state_equal_the_whole(name, monkeypatch):
     assert session.state.chunks_written == {s.key: [2, 2] for s in require_root(model)[1].specs}
 
 
-@pytest.mark.parametrize("name", ["shared", "raw", "stacked", "int8", "checkpointed", "checkpointed_raw"])
+@pytest.mark.parametrize(
+    "name", ["shared", "raw", "stacked", "int8", "checkpointed", "checkpointed_shared", "checkpointed_raw"]
+)
 def test_gradients_reach_everything_that_trains(name, monkeypatch):
     torch._dynamo.reset()
     model = build(name).train()

@@ -181,6 +181,8 @@ def bind(
                 return run(root.kind(args, kwargs), args, kwargs)
         finally:
             _current.reset(token)
+            # An error between two captured parts must not leave this call's state to the next one.
+            root.leave()
 
     setattr(entry, ENTRY, True)
     return entry

@@ -56,6 +56,7 @@ class SiteGroup:
     Attributes:
         name: the module's name.
         calls: per call of the module within one call of the model, its sites with their encoded constants.
+        alike: whether all calls apply the same weights.
     """
 
     def __init__(self, name: str, specs: Iterable[SiteSpec]) -> None:
@@ -64,6 +65,7 @@ class SiteGroup:
             by_call.setdefault(spec.call, []).append((spec, spec.encode()))
         self.name = name
         self.calls = tuple(tuple(by_call[call]) for call in sorted(by_call))
+        self.alike = len({tuple(spec.weight for spec, _ in sites) for sites in self.calls}) == 1
 
 
 class FastWeightSite:
@@ -95,7 +97,8 @@ def _marked(
 
 def _next_call(group: SiteGroup, call: CallContext) -> Sequence[tuple[SiteSpec, str]]:
     """The sites of this call of a module that several places of the model share."""
-    if len(group.calls) == 1:
+    if len(group.calls) == 1 or (group.alike and call.state is None):
+        # Without state the places differ in nothing; not to count them lets checkpointing run them again.
         return group.calls[0]
     if not call.active:
         raise UnsupportedModelError(
