@@ -230,7 +230,7 @@ def share(rows: Iterable[Row]) -> float:
 def wrongs(rows: Iterable[Row]) -> list[str]:
     """Everything that is wrong or refused, a line each."""
     return [
-        f"{r.model_type}: {section[0].lower()}{section[1:]}: {words}"
+        f"{r.model_type}: {section}: {words}"
         for r in sorted(rows, key=lambda r: r.model_type)
         for section, words in r.notes
         if section in (*WRONG, REFUSED, UNTRACED)
