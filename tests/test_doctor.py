@@ -135,7 +135,7 @@ def test_architectures_end_to_end(tmp_path):
     arguments = ["--types", "gpt2,gemma3n", "--jobs", 2, "--write", page]
     result = run("doctor", "--architectures", *arguments)
     assert result.exit_code == 0, result.output
-    assert "right: 1 of 1 captured types (100.0 %" in result.output
+    assert "right: 1 of 1 captured types (100.0 %)" in result.output
     rows, written_on = table.parse(page.read_text(encoding="utf-8"))
     assert written_on == refresh.versions()
     assert rows["gpt2"].line == "| `gpt2` | 1 | 2 dense | 2 dense | - | - | 2 | - | yes | yes | yes |"

@@ -96,14 +96,14 @@ class Row:
         return bool(self.sections & {*WRONG})
 
     @property
-    def refused(self) -> bool:
-        """Whether nothing is wrong, but an MLP that was found cannot be converted."""
-        return not self.wrong and REFUSED in self.sections
+    def right(self) -> bool:
+        """Whether every MLP is found, nothing else is, and every check holds on what is converted."""
+        return self.traced and not self.wrong
 
     @property
-    def right(self) -> bool:
-        """Whether every MLP is found, nothing else is, all but routed ones convert, and all checks hold."""
-        return self.traced and not self.wrong and not self.refused
+    def refused(self) -> bool:
+        """Whether all is right, but an MLP that was found cannot be converted (routed ones not counted)."""
+        return self.right and REFUSED in self.sections
 
     @property
     def converted(self) -> bool:
@@ -204,21 +204,26 @@ def totals(rows: Sequence[Row]) -> list[str]:
         expected += want
         found += have & want
     right = [r for r in traced if r.right]
-    refused = [r for r in traced if r.refused]
-    converted = [r for r in right if r.converted]
+    whole = [r for r in right if not r.refused]
+    converted = [r for r in whole if r.converted]
     mlps = ", ".join(f"{found[k]} of {expected[k]} {k}" for k in KINDS)
     false = sum(_count_cell(r["false"]) for r in rows)
     return [
         f"types: {len(rows)}, of which {len(built)} can be built; torch.compile captures {len(traced)} of "
         f"these, {sum(r['graphs'] == '1' for r in traced)} in one graph.",
         f"MLPs found: {mlps}. False positives: {false}.",
-        f"right: {len(right)} of {len(traced)} captured types ({100 * share(rows):.1f} %; the target is at "
-        f"least {100 * TARGET:.0f} %): every MLP is found, nothing else is, all but routed experts are "
-        "converted, and every check holds.",
-        f"of the right ones, {len(converted)} are converted and {len(right) - len(converted)} have nothing "
-        "to convert (no MLP, or routed experts alone).",
-        f"found but refused, with the reason below: {len(refused)}. Wrong: {sum(r.wrong for r in rows)}.",
+        f"right: {_share(right, traced)}; the target is at least {100 * TARGET:.0f} %. Every MLP is found, "
+        "nothing else is, and every check holds on what is converted.",
+        f"converted and right: {_share(converted, traced)}. Right with nothing to convert (no MLP, or routed "
+        f"experts alone): {len(whole) - len(converted)}.",
+        f"right, but an MLP is refused, with the reason below: {len(right) - len(whole)}. "
+        f"Wrong: {sum(r.wrong for r in rows)}.",
     ]
+
+
+def _share(rows: Sequence[Row], of: Sequence[Row]) -> str:
+    percent = f" ({100 * len(rows) / len(of):.1f} %)" if of else ""
+    return f"{len(rows)} of {len(of)} captured types{percent}"
 
 
 def share(rows: Iterable[Row]) -> float:
