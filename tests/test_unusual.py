@@ -167,3 +167,30 @@ def test_adapters_of_unusual_models_travel(tmp_path):
         added = {k: v for k, v in model.state_dict().items() if "ttt_" in k}
         assert added
         assert all(torch.equal(v, other.state_dict()[k]) for k, v in added.items())
+
+
+@pytest.mark.slow
+def test_inductor_computes_the_same_for_all_of_them_in_one_model():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    mlp, normed_mlp = unusual.MLP(), unusual.MLP()
+    weight_norm(normed_mlp.down)
+    quantised_mlp = unusual.MLP()
+    quantised_mlp.down = unusual.Dequantising(quantised_mlp.down)
+    model = unusual.Stack(
+        *(mlp, unusual.Raw(True), unusual.Einsum(), mlp, unusual.Reaching(), unusual.Flattening()),
+        *(normed_mlp, unusual.TimeMajor(), quantised_mlp, unusual.Checkpointed(unusual.MLP())),
+    ).eval()
+    x = inputs(model)
+    with torch.no_grad():
+        base = torch.compile(model, dynamic=False)(x)
+        ttt.convert(model, CONFIG, example_inputs=((x,), {}))
+        assert len(require_root(model)[1].specs) == 10
+        model.compile(backend="inplace_ttt", dynamic=False)
+        assert torch.equal(model(x), base)
+        models.randomize(model, 0.1)
+        fast = model(x)
+        torch._dynamo.reset()
+        model.compile(backend="inplace_ttt_eager", dynamic=False)
+        torch.testing.assert_close(fast, model(x), rtol=1e-3, atol=1e-3)
+    assert (fast - base).abs().max() > 0.05

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ttt_compiler.conversion import disabled as disabled
     from ttt_compiler.conversion import revert as revert
     from ttt_compiler.discover import find_sites as find_sites
+    from ttt_compiler.graphs import rewrite as rewrite
     from ttt_compiler.official import from_official as from_official
     from ttt_compiler.official import to_official as to_official
     from ttt_compiler.report import explain as explain
@@ -36,6 +37,7 @@ _HOME = {
     "from_official": "official",
     "load_adapter": "adapter",
     "revert": "conversion",
+    "rewrite": "graphs",
     "save_adapter": "adapter",
     "to_official": "official",
 }
@@ -51,6 +53,7 @@ __all__ = [
     "from_official",
     "load_adapter",
     "revert",
+    "rewrite",
     "save_adapter",
     "to_official",
 ]

@@ -36,8 +36,9 @@ from ttt_compiler.errors import (
     NotCompiledError,
     NotConvertedError,
 )
+from ttt_compiler.passes.base import is_op
 from ttt_compiler.passes.pipeline import PipelineResult, pipeline_uuid, run_pipeline
-from ttt_compiler.runtime.root import Root, call_mode
+from ttt_compiler.runtime.root import REWRITTEN, Root, call_mode
 
 
 def inplace_ttt(
@@ -156,6 +157,8 @@ def bind(
         nonlocal converted
         if torch.compiler.is_compiling():
             return forward(*args, **kwargs)
+        if REWRITTEN in module.__dict__:
+            return run("rewritten", args, kwargs)
         root = root_of(module)
         if root is None and is_region(module):
             _check_region(module, kwargs)
@@ -225,6 +228,8 @@ def _require_fast(inputs: Sequence[Any], result: PipelineResult) -> None:
     """Every MLP whose weight was chosen must have been rewritten; one of no converted model is a mistake."""
     given = dict(zip(result.gm.graph.find_nodes(op="placeholder"), inputs, strict=False))
     rewritten = {site.mlp.contraction for site in result.state.sites}
+    # Those of a graph of ttt.rewrite stand in it already.
+    fast = rewritten or any(is_op(n, "ttt::chunk_scan") for n in result.gm.graph.nodes)
     for site in result.state.report.sites:
         weight = given.get(site.top_weight)
         if site.kind == "moe" or not isinstance(weight, Tensor) or site.contraction in rewritten:
@@ -235,7 +240,7 @@ def _require_fast(inputs: Sequence[Any], result: PipelineResult) -> None:
                 "that it was converted in, so this call would miss what it has learned. Call the converted "
                 "model (or the module that holds the weight), or type ttt.revert(model)"
             )
-        if not result.state.sites and not is_known_weight(weight):
+        if not fast and not is_known_weight(weight):
             raise NotConvertedError(
                 "the compiled function holds the MLP of a model that was never converted. Type "
                 "ttt.convert(model, ttt.TTTConfig(...)) before compiling a function that calls it, "

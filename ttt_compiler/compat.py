@@ -11,12 +11,12 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, fx, nn
 
-from ttt_compiler.errors import TTTError
+from ttt_compiler.errors import TTTError, UnsupportedModelError
 
 CHECKED_TORCH = "2.13"
 
@@ -127,6 +127,8 @@ def fork_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
     output = graph.graph_copy(gm.graph, mapping)
     old_output = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
     graph.output(output).meta = dict(old_output.meta)
+    # The signature: exported graphs take their inputs as nested structures.
+    graph.set_codegen(gm.graph._codegen)
     for old, new in mapping.items():
         new.meta = dict(old.meta)
         if hasattr(old, "_dynamo_source"):
@@ -140,6 +142,47 @@ def fork_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
         if isinstance(child, fx.GraphModule):
             setattr(forked, name, fork_graph_module(child))
     return forked
+
+
+def is_exported(graph: object) -> TypeGuard[torch.export.ExportedProgram]:
+    """Whether ``graph`` is a program of ``torch.export``."""
+    return isinstance(graph, torch.export.ExportedProgram)
+
+
+def inline_modules(gm: fx.GraphModule) -> fx.GraphModule:
+    """``gm`` with the bodies of the modules it calls, as ``symbolic_trace`` leaves them, in its own graph.
+
+    Checked on 2.13: a ``Tracer`` without leaf modules; guards of exported graphs are graph modules.
+    """
+    called = [n.target for n in gm.graph.nodes if n.op == "call_module"]
+    if all(isinstance(gm.get_submodule(str(t)), fx.GraphModule) for t in called):
+        return gm
+
+    class Inlining(fx.Tracer):
+        def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+            return False
+
+    try:
+        return fx.GraphModule(gm, Inlining().trace(gm))
+    except Exception as e:
+        raise UnsupportedModelError(
+            f"a module that the graph calls cannot be traced ({type(e).__name__}: {e}). Capture the model "
+            "with torch.export instead"
+        ) from e
+
+
+def graph_inputs(gm: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """The values of ``gm``'s placeholders in a call ``gm(*args, **kwargs)``.
+
+    Checked on 2.13: exported graphs have a pytree code generator.
+    """
+    if isinstance(gm.graph._codegen, fx.graph._PyTreeCodeGen):
+        return list(torch.utils._pytree.tree_flatten((tuple(args), dict(kwargs)))[0])
+    names = [str(n.target).lstrip("*") for n in gm.graph.find_nodes(op="placeholder")]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    if missing := [n for n in names if n not in given]:
+        raise UnsupportedModelError(f"example_inputs lack {', '.join(missing)}")
+    return [given[n] for n in names]
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -261,6 +304,21 @@ def inner_tensor(value: Any) -> str:
         path.append(value.__tensor_flatten__()[0][0])
         value = getattr(value, path[-1])
     return ".".join(path)
+
+
+def module_stack(node: fx.Node) -> list[tuple[int, str]]:
+    """The modules whose forward a node comes from, innermost first: identity, and which call of it.
+
+    Checked on 2.13: Dynamo keys ``nn_module_stack`` by ``id(module)`` and counts calls behind an ``@``,
+    unless the module is reached under another name, which is the entry's first item. Other graphs have
+    other keys.
+    """
+    found = []
+    for key, value in reversed(list(node.meta.get("nn_module_stack", {}).items())):
+        identity = str(key).partition("@")[0]
+        if identity.isdecimal():
+            found.append((int(identity), f"{key}:{value[0]}"))
+    return found
 
 
 def wrapper_of(node: fx.Node) -> fx.Node | None:

@@ -33,6 +33,7 @@ from ttt_compiler.errors import (
 )
 from ttt_compiler.runtime.root import (
     NAME,
+    REWRITTEN,
     STATE_ARGUMENT,
     Root,
     call_mode,
@@ -113,9 +114,11 @@ def convert(
     dtypes = {spec.key: mlp.dtype for mlp in chosen for spec in specs_of[mlp.weight]}
     modules = {spec.key: model.get_submodule(spec.module) for spec in specs}
     context = CallContext()
+    std = getattr(getattr(model, "config", None), "initializer_range", None)
     for spec in specs:
         if spec.use == 0:
-            added = _initial_parameters(model, spec, dtypes[spec.key])
+            device = tensor_of(model, spec.weight).device
+            added = initial_parameters(spec, dtypes[spec.key], device, std)
             add_parameters(modules[spec.key], spec, *added)
     for name in dict.fromkeys(spec.module for spec in specs if spec.module):
         group = SiteGroup(name, (s for s in specs if s.module == name))
@@ -205,6 +208,15 @@ def must_be_fast(weight: Tensor) -> bool:
     return context is not None and context.enabled
 
 
+def _inner(model: nn.Module, name: str) -> str:
+    """Where custom ops find a plain tensor in a weight; weights that are inputs of a graph have no owner."""
+    owner, _, leaf = name.rpartition(".")
+    try:
+        return inner_tensor(getattr(model.get_submodule(owner), leaf))
+    except AttributeError:
+        return ""
+
+
 def tensor_of(model: nn.Module, name: str) -> Tensor:
     """A parameter or buffer by its name."""
     owner, _, leaf = name.rpartition(".")
@@ -275,6 +287,8 @@ def check_model(model: nn.Module) -> None:
             f"{type(model).__name__} is an encoder-decoder: its encoder layers see both directions, and "
             "its decoder layers depend on them. In-Place TTT needs a causal decoder"
         )
+    if REWRITTEN in model.__dict__:
+        raise AlreadyConvertedError("this graph was rewritten by ttt.rewrite: it has its fast weights")
     if is_region(model):
         raise AlreadyConvertedError(
             f"{type(model).__name__} is part of, or holds, a model that is converted already"
@@ -306,7 +320,7 @@ def site_specs(config: TTTConfig, mlp: FoundMLP, found: Discovery, model: nn.Mod
         module="",
         time_major=mlp.time_major,
         derived=mlp.derived,
-        inner=inner_tensor(tensor_of(model, mlp.weight)),
+        inner=_inner(model, mlp.weight),
     )
     seen: Counter[str] = Counter()
     specs = []
@@ -317,18 +331,17 @@ def site_specs(config: TTTConfig, mlp: FoundMLP, found: Discovery, model: nn.Mod
     return tuple(specs)
 
 
-def _initial_parameters(
-    model: nn.Module, spec: SiteSpec, dtype: torch.dtype
+def initial_parameters(
+    spec: SiteSpec, dtype: torch.dtype, device: torch.device, initializer_range: float | None
 ) -> tuple[nn.Parameter, nn.Parameter | None]:
     """conv = 0 and a diagonal P (paper appendix C.3): nothing is written until conv is trained.
 
     Both are trainable on a frozen model too: training them alone is the ordinary adapter recipe.
     """
-    device = tensor_of(model, spec.weight).device
     conv = nn.Parameter(torch.zeros(spec.d_target, 1, spec.conv_kernel, dtype=dtype, device=device))
     if not spec.proj:
         return conv, None
-    std = float(getattr(getattr(model, "config", None), "initializer_range", None) or 0.02)
+    std = float(initializer_range or 0.02)
     proj = torch.zeros(spec.d_target, spec.d_model, dtype=dtype, device=device)
     proj.diagonal().normal_(0.0, std)
     return conv, nn.Parameter(proj)
@@ -402,7 +415,8 @@ def _nothing_found(model: nn.Module, found: Discovery) -> str:
     lines = [
         f"no MLP down-projection found in {type(model).__name__} ({found.graphs} captured graphs). Refused:"
     ]
-    lines += [f"  {m.weight}: {ROUTED}" for m in found.mlps if m.kind == "moe"]
+    config = TTTConfig()
+    lines += [f"  {m.weight}: {why_not(model, config, m, found)}" for m in found.mlps]
     lines += [f"  {name or '<unnamed>'}: {reason}" for name, reason in found.rejections]
     lines.append(
         "An MLP is a projection D -> F, a nonlinearity, and a projection F -> D into the residual stream"

@@ -43,7 +43,7 @@ def discover(model: nn.Module, example_inputs: Inputs | None = None) -> Discover
     run = capture(uncompiled_call(model), recorder)
     with _quiet(model), visible_mlps(), torch.no_grad():
         run(*args, **kwargs)
-        changed = _with_other_last_token(args, kwargs)
+        changed = other_last_token(args, kwargs)
         if changed is not None:
             recorder.start_second_run()
             run(*changed[0], **changed[1])
@@ -88,7 +88,7 @@ def _dense(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Inputs:
     return values[: len(args)], dict(zip(kwargs, values[len(args) :], strict=True))
 
 
-def _with_other_last_token(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Inputs | None:
+def other_last_token(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Inputs | None:
     """The same call with the last token of row 0 changed, in the first sequence-shaped tensor."""
     values: list[Any] = [*args, *kwargs.values()]
     for i, x in enumerate(values):

@@ -26,8 +26,9 @@ from ttt_compiler.discovery.found import Discovery
 from ttt_compiler.runtime.root import require_root
 
 BATCH, TOKENS, CHUNK = 2, 13, 4
-# Prefill, prefill across two chunk borders, then token by token across one more.
-SEGMENTS = (3, 6, 1, 1, 1, 1)
+# Prefill across two chunk borders, then token by token across one more. No second prefill: many state-space
+# models do not support it themselves.
+SEGMENTS = (9, 1, 1, 1, 1)
 # fp32 models of a few layers, compared with another order of the same sums: errors against the largest
 # value. An adapter that moves less than EFFECT would make a match meaningless.
 CLOSE, EFFECT = 1e-4, 1e-2
@@ -119,7 +120,7 @@ def audit(model_type: str) -> Audit:
         if own_decode == OK:
             decode = _attempt(lambda: _decode_error(model, inputs["input_ids"]))
         else:
-            decode = f"{OWN_DECODE}{own_decode}"
+            decode = f"{OWN_DECODE}{_without_numbers(own_decode)}"
         revert(model)
     return dataclasses.replace(result, decode=decode)
 
@@ -178,6 +179,11 @@ def _decode_error(model: nn.Module, ids: Tensor) -> str:
         parts.append(_logits(out))
     error = float((torch.cat(parts, 1) - whole).abs().max() / whole.abs().max())
     return OK if error <= CLOSE else f"differs by {error:.1e} of the largest logit"
+
+
+def _without_numbers(reason: str) -> str:
+    """What is not about this package must not change the table from one machine to the next."""
+    return "it differs from its forward" if reason.startswith("differs by") else reason
 
 
 def _attempt(check: Callable[[], str]) -> str:

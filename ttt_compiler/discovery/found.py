@@ -37,7 +37,8 @@ class FoundMLP:
         d_model: D. d_ff: F.
         activation: e.g. ``"silu"``.
         gated: whether two branches are multiplied.
-        kind: ``"dense"``, ``"shared"`` (an expert that sees every token) or ``"moe"`` (routed experts).
+        kind: ``"dense"``, ``"shared"`` (an expert that sees every token), ``"moe"`` (routed experts) or
+            ``"other"`` (its rows are not the tokens of the call: an image tower, patches of tokens).
         bias: whether the projection has a bias.
         transposed: whether the weight is stored ``[F, D]``.
         block: index of the block it belongs to.

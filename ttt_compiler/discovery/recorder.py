@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ttt_compiler.compat import is_wrapper_tensor, meta_tensor
+from ttt_compiler.compat import is_wrapper_tensor, meta_tensor, module_stack
 from ttt_compiler.discovery.choose_layers import block_indices
 from ttt_compiler.discovery.found import Discovery, FoundMLP, Place
 from ttt_compiler.discovery.token_path import UNKNOWN, TokenPath, probe
@@ -33,8 +33,9 @@ IN_LOOP = (
 class Recorder:
     """Use as ``backend=``, run the model twice (see ``token_path.py``), then take :meth:`result`."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.names: dict[int, str] = {}
+    def __init__(self, model: nn.Module, names: Mapping[int, str] | None = None) -> None:
+        """Args: the model, and names of tensors that it does not hold, by identity."""
+        self.names: dict[int, str] = dict(names or {})
         tensors = (
             model.named_parameters(remove_duplicate=False),
             model.named_buffers(remove_duplicate=False),
@@ -43,7 +44,7 @@ class Recorder:
         for name, tensor in itertools.chain(*tensors):
             first = self.names.setdefault(id(tensor), name)
             self.aliases.setdefault(first, []).append(name)
-        self.modules = {str(id(module)): name for name, module in model.named_modules()}
+        self.modules = {id(module): name for name, module in model.named_modules()}
         # Per module, which call of it an entry of a node's module stack stands for, in one run of a graph.
         self.calls: dict[str, dict[tuple[int, str], int]] = {}
         self.graphs = 0
@@ -70,6 +71,10 @@ class Recorder:
     def start_second_run(self) -> None:
         """What runs from here on has another last token in its first row."""
         self._second = True
+
+    def without_running(self, gm: fx.GraphModule) -> None:
+        """Record one run of which nothing is known but the graph."""
+        self.runs[0].append(_Run(_Graph(gm, {}), {}))
 
     def result(self, leading: tuple[int, int] | None) -> Discovery:
         """Everything that was found; ``leading`` is B and T of the inputs."""
@@ -108,7 +113,7 @@ class Recorder:
             d_ff=site.d_ff,
             activation=site.activation,
             gated=site.gated,
-            kind=site.kind,
+            kind=site.kind if path.of_tokens else "other",
             bias=site.bias is not None,
             transposed=site.transposed,
             block=0,
@@ -124,18 +129,14 @@ class Recorder:
     def _place(self, run: _Run, site: MLPSite, key: str) -> Place:
         """The innermost module that holds the weight and whose forward applies it; else the model."""
         captured_as = run.graph.names.get(site.top_weight, key)
-        stack = site.contraction.meta.get("nn_module_stack", {})
-        for entry, (path, _) in reversed(list(stack.items())):
-            # Dynamo counts the calls of a module behind an @, unless they are made under different names.
-            module = self.modules.get(str(entry).partition("@")[0])
+        for identity, which in module_stack(site.contraction):
+            module = self.modules.get(identity)
             for alias in self.aliases.get(captured_as, ()) if module else ():
                 if not alias.startswith(f"{module}."):
                     continue
                 if captured_as == key:
                     calls = self.calls.setdefault(str(module), {})
-                    return Place(
-                        alias, str(module), calls.setdefault((id(run), f"{entry}:{path}"), len(calls))
-                    )
+                    return Place(alias, str(module), calls.setdefault((id(run), which), len(calls)))
                 # The graph was captured in another layer than the one that it runs for here.
                 inner = alias.removeprefix(str(module))
                 return Place(key, key.removesuffix(inner) if key.endswith(inner) else "")

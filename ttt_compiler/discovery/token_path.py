@@ -37,11 +37,13 @@ class TokenPath:
         causal: None when the probe could not tell.
         time_major: whether the hidden activation is ``[T, B, F]``.
         problem: why the MLP cannot be a fast weight, or None.
+        of_tokens: whether its rows are the tokens of the call at all.
     """
 
     causal: bool | None
     time_major: bool = False
     problem: str | None = None
+    of_tokens: bool = True
 
 
 UNKNOWN = TokenPath(None)
@@ -63,6 +65,7 @@ def probe(first: Tensor | None, second: Tensor | None, leading: tuple[int, int] 
             None,
             problem=f"its hidden activation has shape {tuple(first.shape)} for inputs of {leading[0]} "
             f"rows of {leading[1]} tokens: it is not one row of features per token",
+            of_tokens=False,
         )
     if second is None or first.is_meta:
         return UNKNOWN
@@ -77,7 +80,7 @@ def probe(first: Tensor | None, second: Tensor | None, leading: tuple[int, int] 
     changed, time_major = seen[0]
     if not changed.any():
         # Something that is zero everywhere (a zero-initialised gate) says nothing.
-        return TokenPath(True, time_major, CONSTANT) if bool(first.any()) else UNKNOWN
+        return TokenPath(None, time_major, CONSTANT, of_tokens=False) if bool(first.any()) else UNKNOWN
     if changed[1:].any():
         return TokenPath(None, time_major, ROWS)
     return TokenPath(False, time_major, LATER)

@@ -75,6 +75,7 @@ _WEIGHT_SLOTS: dict[str, tuple[int, ...]] = {
     "rms_norm": (2,),
     "einsum": (2,),
     "grouped_mm": (1,),
+    "site": (1,),
 }
 # A stack of matrices that something is multiplied by may as well be activations (keys, memories).
 _STACK_SLOTS = ("grouped_mm",)

@@ -32,6 +32,8 @@ from ttt_compiler.runtime.state import FastWeightState, check_fits
 from ttt_compiler.spec import SiteSpec
 
 NAME = "_ttt_root"
+# Marks a graph module of ``ttt.rewrite``: its sites are in the graph already.
+REWRITTEN = "_ttt_rewritten"
 STATE_ARGUMENT = "ttt_state"
 
 
