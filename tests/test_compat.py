@@ -173,8 +173,8 @@ def test_rooms_import_downwards_only():
 
 def test_what_the_doctor_asks_inductor(monkeypatch, tmp_path):
     assert compat.cpp_compiler()
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
-    assert compat.cpp_compiler() is None
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        assert compat.cpp_compiler() is None
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     assert compat.inductor_cache() == str(tmp_path / "cache")
     assert (tmp_path / "cache").is_dir()
