@@ -169,3 +169,12 @@ def test_rooms_import_downwards_only():
                 if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
                     inside = f"{node.module}."
                     assert not any(inside.startswith(f"{b}.") for b in banned), (file, node.module)
+
+
+def test_what_the_doctor_asks_inductor(monkeypatch, tmp_path):
+    assert compat.cpp_compiler()
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        assert compat.cpp_compiler() is None
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    assert compat.inductor_cache() == str(tmp_path / "cache")
+    assert (tmp_path / "cache").is_dir()

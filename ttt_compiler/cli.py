@@ -146,6 +146,37 @@ def demo(
         typer.echo(f"written: {', '.join(str(path) for path in write_files(options, result))}")
 
 
+@app.command()
+def doctor(
+    architectures: Annotated[
+        bool, typer.Option("--architectures", help="Try every architecture that transformers knows.")
+    ] = False,
+    types: Annotated[str | None, typer.Option(help="Only these, as llama,gpt2. Default: all.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="How many processes try them.")] = 1,
+    write: Annotated[
+        Path | None, typer.Option(help="Write the rows of these types into this page, made if missing.")
+    ] = None,
+) -> None:
+    """Say what this machine offers, and what is missing; exit code 1 when something required is."""
+    with _friendly():
+        if not architectures:
+            if types is not None or write is not None:
+                raise TTTError("--types and --write belong to --architectures: type that too")
+            from ttt_compiler.doctor import diagnose
+
+            diagnosis = diagnose()
+            typer.echo(str(diagnosis))
+            raise typer.Exit(1 if diagnosis.missing else 0)
+        _require("rich", "transformers")
+        from rich.console import Console
+
+        from ttt_compiler.architectures.refresh import chosen_types, refresh
+
+        refresh(chosen_types(types), jobs=jobs, write=write, console=Console())
+        if write is not None:
+            typer.echo(f"written: {write}")
+
+
 def parse_layers(text: str) -> Layers:
     """``layers=`` from its command-line form."""
     # A plain word is no pattern: let the configuration say what it should have been.

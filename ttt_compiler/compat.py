@@ -237,6 +237,29 @@ def inductor_compile(
     return cast("Callable[..., Any]", compiled)
 
 
+def cpp_compiler() -> str | None:
+    """The C++ compiler that Inductor will call, None when it finds none.
+
+    Checked on 2.13: ``get_cpp_compiler`` reads ``CXX`` and raises ``InvalidCxxCompiler``.
+    """
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        found: str = get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return None
+    return found
+
+
+def inductor_cache() -> str:
+    """The folder of Inductor's on-disk caches; it is made if it is not there. Checked on 2.13."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    folder: str = cache_dir()
+    return folder
+
+
 def _cache_key_tag(uuid: str) -> Any:
     from torch._inductor.custom_graph_pass import CustomGraphPass
 

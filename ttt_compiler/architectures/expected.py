@@ -8,11 +8,12 @@ never because the detector reports something else.
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import nn
 
-Kind = Literal["dense", "moe", "shared"]
+Kind = Literal["dense", "shared", "moe"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 _DOWN = (
     r"(down_proj|proj_down|dense_4h_to_h|c_proj|fc_out|fc2|lin2|linear_2"
