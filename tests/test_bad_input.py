@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._higher_order_ops.scan import scan
 
 import ttt_compiler as ttt
 from tests import models, unusual
@@ -280,3 +281,27 @@ def test_more_places_than_were_seen_at_conversion():
 def test_an_experts_choice_that_does_not_exist_names_what_does():
     with pytest.raises(ValueError, match=r"'routed'.*'shared', 'none'.*experts\.md"):
         ttt.TTTConfig(experts="routed")
+
+
+class Scanned(nn.Module):
+    """Layers under one ``scan`` over stacked weights, as large models are compiled in little time."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(3, unusual.FF, unusual.D) * 0.2)
+        self.down = nn.Parameter(torch.randn(3, unusual.D, unusual.FF) * 0.2)
+
+    def forward(self, x):
+        def layer(x, weights):
+            up, down = weights
+            y = x + F.linear(F.gelu(F.linear(F.rms_norm(x, (unusual.D,)), up)), down)
+            return y, y.mean()
+
+        return scan(layer, unusual.causal_mix(x), (self.up, self.down))[0]
+
+
+def test_layers_in_a_scan_are_found_and_refused_with_the_reason():
+    (site,) = ttt.find_sites(Scanned(), inputs())
+    assert (site.weight, site.d_model, site.d_ff, site.activation) == ("down", 16, 40, "gelu")
+    with pytest.raises(UnsupportedModelError, match=r"down: it lies in the body of a scan.*after another"):
+        ttt.convert(Scanned(), CONFIG, example_inputs=((inputs(),), {}))
