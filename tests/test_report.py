@@ -27,7 +27,8 @@ from ttt_compiler.codegen.cost_model import (
     overhead_percent,
     site_flops,
 )
-from ttt_compiler.report import WIDTH, explain
+from ttt_compiler.report import explain
+from ttt_compiler.report_text import WIDTH
 from ttt_compiler.spec import SiteSpec
 
 CONFIG = ttt.TTTConfig(layers="every:2", chunk_size=16)

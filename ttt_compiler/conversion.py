@@ -10,11 +10,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import glob
 import itertools
 import types
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,10 +23,9 @@ from ttt_compiler.codegen.ops import require_cpu
 from ttt_compiler.compat import forget_compiled_call, inner_tensor, known_parameters
 from ttt_compiler.config import TTTConfig
 from ttt_compiler.discover import Discovery, FoundMLP, Inputs, discover
-from ttt_compiler.discovery.choose_layers import choose_layers
+from ttt_compiler.eligibility import check_sites, named_layers
 from ttt_compiler.errors import (
     AlreadyConvertedError,
-    NoMLPFoundError,
     NonCausalModelError,
     UnsupportedModelError,
 )
@@ -56,11 +54,6 @@ from ttt_compiler.spec import SiteSpec, site_key
 # Weights of MLPs that some conversion has seen, with the context of those that it chose: a compiled
 # region that holds only unchosen ones is right without markers, one with a chosen one is not.
 _seen_weights = known_parameters()
-
-ROUTED = (
-    "routed experts see tokens in expert order, not in sequence order; they are left alone "
-    "(see docs/experts.md)"
-)
 
 # Marks the callable that ``torch.compile`` returned for a model's forward.
 ENTRY = "_ttt_entry"
@@ -224,58 +217,6 @@ def tensor_of(model: nn.Module, name: str) -> Tensor:
     return found
 
 
-def check_sites(model: nn.Module, config: TTTConfig, found: Discovery) -> list[FoundMLP]:
-    """The MLPs that ``config`` chooses, each checked.
-
-    Raises:
-        NoMLPFoundError, LayerSelectionError, NonCausalModelError, UnsupportedModelError.
-    """
-    candidates = candidates_of(config, found)
-    if not candidates:
-        raise NoMLPFoundError(_nothing_found(model, found))
-    chosen = choose_layers(config, candidates)
-    for mlp in chosen:
-        reason = why_not(model, config, mlp, found)
-        if reason is not None:
-            error = NonCausalModelError if mlp.causal is False else UnsupportedModelError
-            raise error(f"{mlp.weight}: {reason}")
-    return list(chosen)
-
-
-def candidates_of(config: TTTConfig, found: Discovery) -> list[FoundMLP]:
-    """The MLPs among which ``config.layers`` chooses."""
-    kinds = ("dense", "shared") if config.experts == "shared" else ("dense",)
-    return [m for m in found.mlps if m.kind in kinds]
-
-
-def named_layers(config: TTTConfig, chosen: Sequence[FoundMLP]) -> TTTConfig:
-    """``config`` in a form that can be stored: a function in ``layers`` becomes the names it chose."""
-    if not callable(config.layers):
-        return config
-    return dataclasses.replace(config, layers=tuple(glob.escape(mlp.weight) for mlp in chosen))
-
-
-def why_not(model: nn.Module, config: TTTConfig, mlp: FoundMLP, found: Discovery) -> str | None:
-    """Why this MLP cannot become a fast weight under ``config``, or None."""
-    if mlp.kind == "moe":
-        return ROUTED
-    if mlp.kind == "shared" and config.experts == "none":
-        return 'a shared expert, left out by experts="none"'
-    if mlp.problem is not None:
-        return mlp.problem
-    if config.target == "input_embed":
-        if found.embed_width is None:
-            return 'target="input_embed" needs one token-embedding look-up, and the model has none or several'
-        if mlp.time_major:
-            return 'it sees tokens before rows ([T, B, ..]), which target="input_embed" does not'
-        if not config.proj and found.embed_width != mlp.d_model:
-            return (
-                f"embeddings are {found.embed_width} wide, the output {mlp.d_model}: proj=False cannot "
-                "bridge that"
-            )
-    return None
-
-
 def check_model(model: nn.Module) -> None:
     """Raise unless ``model`` as a whole can be converted.
 
@@ -409,16 +350,3 @@ def _cache_factory(model: nn.Module) -> Callable[[], Any] | None:
         return DynamicCache(config=config.get_text_config(decoder=True))
 
     return make
-
-
-def _nothing_found(model: nn.Module, found: Discovery) -> str:
-    lines = [
-        f"no MLP down-projection found in {type(model).__name__} ({found.graphs} captured graphs). Refused:"
-    ]
-    config = TTTConfig()
-    lines += [f"  {m.weight}: {why_not(model, config, m, found)}" for m in found.mlps]
-    lines += [f"  {name or '<unnamed>'}: {reason}" for name, reason in found.rejections]
-    lines.append(
-        "An MLP is a projection D -> F, a nonlinearity, and a projection F -> D into the residual stream"
-    )
-    return "\n".join(lines)

@@ -16,10 +16,11 @@ from torch import Tensor, fx
 from ttt_compiler.codegen import ops  # noqa: F401  (registers the ops)
 from ttt_compiler.compat import fork_graph_module, graph_inputs, inline_modules, is_exported, meta_tensor
 from ttt_compiler.config import TTTConfig
-from ttt_compiler.conversion import check_sites, initial_parameters, site_specs
+from ttt_compiler.conversion import initial_parameters, site_specs
 from ttt_compiler.discover import other_last_token
 from ttt_compiler.discovery.found import Discovery
 from ttt_compiler.discovery.recorder import Recorder
+from ttt_compiler.eligibility import check_sites
 from ttt_compiler.errors import UnsupportedModelError
 from ttt_compiler.passes.find_mlps import MLPSite, find_mlps
 from ttt_compiler.passes.graph import GraphView

@@ -1,15 +1,14 @@
 """``explain``: what was found in a model, what is or would become a fast weight, and its cost.
 
 It never raises: what goes wrong becomes a line of the report. May be changed here: what is
-reported, and its plain-text form (at most ``WIDTH`` columns). Detection and rules belong to
-``discover.py`` and ``conversion.py``, the page with pictures to ``report_html.py``.
+reported. Detection and rules belong to ``discover.py`` and ``eligibility.py``, the plain text to
+``report_text.py``, the page with pictures to ``report_html.py``.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,13 +26,14 @@ from ttt_compiler.codegen.cost_model import (
 from ttt_compiler.config import TTTConfig
 from ttt_compiler.discover import Discovery, FoundMLP, Inputs, discover
 from ttt_compiler.discovery.choose_layers import block_indices, choose_layers
+from ttt_compiler.eligibility import candidates_of, check_sites, why_not
 from ttt_compiler.errors import NoMLPFoundError
 from ttt_compiler.passes.dataflow import Dataflow
+from ttt_compiler.report_text import mebibytes, table, wrapped
 from ttt_compiler.runtime.root import Root, unwrap
 from ttt_compiler.runtime.state import bytes_per_sequence
 from ttt_compiler.spec import SiteSpec
 
-WIDTH = 110
 LEFT_OUT = "left out by layers="
 _TARGET_SOURCES = {"hidden_states": "the MLP's own input", "input_embed": "the token embeddings"}
 _NAMES_SHOWN = 3
@@ -132,7 +132,7 @@ class Report:
         return {
             "target source": str(self.target_source),
             "parameters added": f"{self.parameters_added:,}",
-            "state per sequence": _mebibytes(self.state_bytes),
+            "state per sequence": mebibytes(self.state_bytes),
             "FLOPs per written token": f"+{self.flops_overhead_percent:.1f} % {OVERHEAD_RULE}",
             "lowering": str(self.lowering),
         }
@@ -157,23 +157,23 @@ class Report:
         lines = [self.headline]
         if self.config is not None:
             options = "  ".join(f"{k}={v!r}" for k, v in self.config.items() if k != "version")
-            lines += _wrapped(options, "  ")
+            lines += wrapped(options, "  ")
         if self.rows:
-            lines += ["", *_table(self.rows)]
+            lines += ["", *table(self.rows)]
         if self.costs:
             lines.append("")
             for name, value in self.costs.items():
-                lines += _wrapped(value, f"{name:<25}")
+                lines += wrapped(value, f"{name:<25}")
         if self.rejected:
             lines += ["", "weighted contractions that are no MLP down-projection:"]
             for reason, names in self.rejected:
                 more = f", and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
                 shown = f"{reason}: {', '.join(names[:_NAMES_SHOWN])}{more}"
-                lines += _wrapped(shown, f"{len(names):>5} x ")
+                lines += wrapped(shown, f"{len(names):>5} x ")
         if self.problems:
             lines += ["", "problems:"]
             for problem in self.problems:
-                lines += _wrapped(problem, "  - ")
+                lines += wrapped(problem, "  - ")
         return "\n".join(lines)
 
 
@@ -229,14 +229,14 @@ def _explain_unconverted(
     report = dataclasses.replace(report, rejected=_rejected(found))
     keys: tuple[str, ...] = ()
     try:
-        conversion.check_sites(model, config, found)
+        check_sites(model, config, found)
     except Exception as e:
         problems.append(_problem(e))
     try:
-        keys = tuple(m.weight for m in choose_layers(config, conversion.candidates_of(config, found)))
+        keys = tuple(m.weight for m in choose_layers(config, candidates_of(config, found)))
     except Exception as e:
         # check_sites has said the same unless it failed for another reason first.
-        if _problem(e) not in problems and conversion.candidates_of(config, found):
+        if _problem(e) not in problems and candidates_of(config, found):
             problems.append(_problem(e))
     reasons = {m.weight: _reason(model, config, m, found, keys) for m in found.mlps}
     rows = tuple(_row(m, reasons[m.weight]) for m in found.mlps)
@@ -303,7 +303,7 @@ def _reason(
     model: nn.Module, config: TTTConfig, mlp: FoundMLP, found: Discovery, keys: Sequence[str]
 ) -> str | None:
     """Why an MLP stays as it is; what the layer choice leaves out may be impossible as well."""
-    reason = conversion.why_not(model, config, mlp, found)
+    reason = why_not(model, config, mlp, found)
     if reason is None and mlp.weight not in keys:
         reason = f"{LEFT_OUT}{config.layers!r}"
     return reason
@@ -351,71 +351,3 @@ def _problem(e: Exception) -> str:
         lines = [lines[0].removesuffix(" Refused:")]
     more = ["..."] if len(lines) > _LINES_SHOWN else []
     return "\n".join([f"{type(e).__name__}: {lines[0]}", *lines[1:_LINES_SHOWN], *more])
-
-
-def _table(rows: Sequence[Row]) -> list[str]:
-    letters: dict[str, str] = {}
-    for row in rows:
-        if row.reason is not None:
-            letters.setdefault(row.reason, _letter(len(letters)))
-    cells = [("block", "weight", "D", "F", "activation", "gated", "bias", "causal", "fast")]
-    cells += [
-        (
-            str(row.block),
-            _elided(row.weight, 48),
-            str(row.d_model),
-            str(row.d_ff),
-            _elided(row.activation or "?", 14),
-            _yes_no(row.gated),
-            _yes_no(row.bias),
-            _yes_no(row.causal),
-            "yes" if row.reason is None else f"no ({letters[row.reason]})",
-        )
-        for row in rows
-    ]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-    right = {0, 2, 3}
-    lines = [
-        "  ".join(
-            cell.rjust(w) if i in right else cell.ljust(w)
-            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in cells
-    ]
-    for reason, letter in letters.items():
-        lines += _wrapped(reason, f"  ({letter}) ")
-    return lines
-
-
-def _letter(index: int) -> str:
-    return chr(ord("a") + index) if index < 26 else str(index)
-
-
-def _elided(text: str, width: int) -> str:
-    if len(text) <= width:
-        return text
-    head = (width - 3) // 2
-    return f"{text[:head]}...{text[len(text) - (width - 3 - head) :]}"
-
-
-def _yes_no(value: bool | None) -> str:
-    return "?" if value is None else "yes" if value else "no"
-
-
-def _mebibytes(size: int) -> str:
-    return f"{size:,} bytes ({size / 2**20:.1f} MiB)"
-
-
-def _wrapped(text: str, head: str) -> Iterable[str]:
-    """``text`` behind ``head``, in lines of at most ``WIDTH`` columns; its own line breaks stay."""
-    indent = " " * len(head)
-    out: list[str] = []
-    for i, line in enumerate(text.splitlines() or [""]):
-        out += textwrap.wrap(
-            line.strip(),
-            WIDTH,
-            initial_indent=indent if i else head,
-            subsequent_indent=indent,
-            break_on_hyphens=False,
-        ) or [head.rstrip()]
-    return out

@@ -20,9 +20,10 @@ from ttt_compiler.architectures.expected import KINDS, expected_down_projections
 from ttt_compiler.architectures.oracle import oracle_call
 from ttt_compiler.architectures.tiny import UnbuildableError, build, token_inputs
 from ttt_compiler.config import TTTConfig
-from ttt_compiler.conversion import convert, disabled, revert, why_not
+from ttt_compiler.conversion import convert, disabled, revert
 from ttt_compiler.discover import discover
 from ttt_compiler.discovery.found import Discovery
+from ttt_compiler.eligibility import why_not
 from ttt_compiler.runtime.root import require_root
 
 BATCH, TOKENS, CHUNK = 2, 14, 4
