@@ -201,9 +201,9 @@ def test_fp16_writes_do_not_overflow_on_the_way_to_fp32():
 
 
 def test_marker_refuses_to_run():
-    h, _, _, conv, proj, _ = problem()
+    h, _, w0, conv, proj, _ = problem()
     with pytest.raises(NotCompiledError, match=r'model\.compile\(backend="inplace_ttt"\)'):
-        torch.ops.ttt.site(h, spec(), conv, proj, None, None, None, None, None)
+        torch.ops.ttt.site(h, w0, spec(), conv, proj, None, None, None, None, None, None)
 
 
 @pytest.mark.parametrize("pos", [None, positions()], ids=["whole", "documents"])
