@@ -162,7 +162,8 @@ def bind(
         root = root_of(module)
         if root is None and is_region(module):
             _check_region(module, kwargs)
-            return run("region", args, kwargs)
+            with call_mode(False):
+                return run("region", args, kwargs)
         if root is None and converted:
             raise NotConvertedError(
                 f"{type(module).__name__} was reverted, and this is its compiled wrapper. Call the "
@@ -227,22 +228,28 @@ def _example_inputs(
 
 
 def _require_fast(inputs: Sequence[Any], result: PipelineResult) -> None:
-    """Every MLP whose weight was chosen must have been rewritten; one of no converted model is a mistake."""
+    """A chosen weight may be applied by its own sites only; an MLP of no converted model is a mistake."""
+    call = _current.get()
+    live = {id(w) for w in call[1].weights()} if call is not None and call[1].context.enabled else set()
     given = dict(zip(result.gm.graph.find_nodes(op="placeholder"), inputs, strict=False))
-    rewritten = {site.mlp.contraction for site in result.state.sites}
-    # Those of a graph of ttt.rewrite stand in it already.
-    fast = rewritten or any(is_op(n, "ttt::chunk_scan") for n in result.gm.graph.nodes)
-    for site in result.state.report.sites:
-        weight = given.get(site.top_weight)
-        if site.kind == "moe" or not isinstance(weight, Tensor) or site.contraction in rewritten:
+    sites = {site.mlp.top_weight for site in result.state.sites}
+    for node, weight in given.items():
+        if not isinstance(weight, Tensor) or node in sites or not node.users:
             continue
-        if must_be_fast(weight):
+        if id(weight) in live or must_be_fast(weight):
             raise GraphRewriteError(
                 f"a fast-weight matrix of shape {tuple(weight.shape)} is applied here outside of the module "
-                "that it was converted in, so this call would miss what it has learned. Call the converted "
-                "model (or the module that holds the weight), or type ttt.revert(model)"
+                "that it was converted in, or in a form that is not recognised, so this call would miss what "
+                "it has learned. Call the converted model (or the module that holds the weight), or type "
+                "ttt.revert(model)"
             )
-        if not fast and not is_known_weight(weight):
+    # Those of a graph of ttt.rewrite stand in it already.
+    fast = sites or any(is_op(n, "ttt::chunk_scan") for n in result.gm.graph.nodes)
+    if fast or call is not None:
+        return
+    for site in result.state.report.sites:
+        weight = given.get(site.top_weight)
+        if site.kind != "moe" and isinstance(weight, Tensor) and not is_known_weight(weight):
             raise NotConvertedError(
                 "the compiled function holds the MLP of a model that was never converted. Type "
                 "ttt.convert(model, ttt.TTTConfig(...)) before compiling a function that calls it, "

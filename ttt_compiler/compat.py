@@ -152,13 +152,24 @@ def is_exported(graph: object) -> TypeGuard[torch.export.ExportedProgram]:
 def inline_modules(gm: fx.GraphModule) -> fx.GraphModule:
     """``gm`` with the bodies of the modules it calls, as ``symbolic_trace`` leaves them, in its own graph.
 
-    Checked on 2.13: a ``Tracer`` without leaf modules; guards of exported graphs are graph modules.
+    Checked on 2.13: a ``Tracer`` without leaf modules; exported graphs call a ``GuardsFn`` that checks inputs
+    against the shapes they were captured with, which the rewritten graph does as well by itself.
     """
+    guards = [n for n in gm.graph.nodes if n.op == "call_module" and not n.users]
+    if any(type(gm.get_submodule(str(n.target))).__name__ == "GuardsFn" for n in guards):
+        gm = fork_graph_module(gm)
+        for node in gm.graph.find_nodes(op="call_module"):
+            if type(gm.get_submodule(str(node.target))).__name__ == "GuardsFn":
+                gm.graph.erase_node(node)
+        gm.recompile()
     called = [n.target for n in gm.graph.nodes if n.op == "call_module"]
     if all(isinstance(gm.get_submodule(str(t)), fx.GraphModule) for t in called):
         return gm
 
     class Inlining(fx.Tracer):
+        # Else operations on buffers alone would run now, once, instead of in every call.
+        proxy_buffer_attributes = True
+
         def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
             return False
 
@@ -183,6 +194,14 @@ def graph_inputs(gm: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, A
     if missing := [n for n in names if n not in given]:
         raise UnsupportedModelError(f"example_inputs lack {', '.join(missing)}")
     return [given[n] for n in names]
+
+
+def propagate_shapes(gm: fx.GraphModule, values: Sequence[Any]) -> None:
+    """Leave the fake tensor of one call on every node. Checked on 2.13."""
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+    FakeTensorProp(gm, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*values)
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -338,6 +357,11 @@ def wrapper_of(node: fx.Node) -> fx.Node | None:
             found: fx.Node = other
             return found
     return None
+
+
+def size_hint(size: int | torch.SymInt) -> int:
+    """The size that a graph was captured with, also where it may vary. Checked on 2.13: ``node.hint``."""
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
 
 
 def meta_tensor(node: fx.Node) -> Tensor | None:

@@ -13,7 +13,7 @@ import functools
 import itertools
 import types
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -108,8 +108,9 @@ def convert(
     modules = {spec.key: model.get_submodule(spec.module) for spec in specs}
     context = CallContext()
     std = getattr(getattr(model, "config", None), "initializer_range", None)
+    _check_names(modules, specs)
     for spec in specs:
-        if spec.use == 0:
+        if spec.conv_name not in modules[spec.key]._parameters:
             device = tensor_of(model, spec.weight).device
             added = initial_parameters(spec, dtypes[spec.key], device, std)
             add_parameters(modules[spec.key], spec, *added)
@@ -288,6 +289,24 @@ def initial_parameters(
     return conv, nn.Parameter(proj)
 
 
+def _check_names(modules: Mapping[str, nn.Module], specs: Sequence[SiteSpec]) -> None:
+    """Nothing may be in the way of the added parameters, before any is added."""
+    taken: dict[tuple[str, str], str] = {}
+    for spec in specs:
+        other = taken.setdefault((spec.module, spec.conv_name), spec.weight)
+        if other != spec.weight:
+            raise UnsupportedModelError(
+                f"{spec.weight} and {other} would both get a parameter {spec.qualified(spec.conv_name)}. "
+                "Rename one of them, or choose one with layers=[...]"
+            )
+        for name in (spec.conv_name, spec.proj_name):
+            if hasattr(modules[spec.key], name):
+                raise UnsupportedModelError(
+                    f"{spec.qualified(name)} exists already, and conversion adds a parameter of that name. "
+                    "Rename it, or leave the block out with layers=[...]"
+                )
+
+
 def _install(model: nn.Module, root: Root) -> None:
     """Put the call boundary on this instance; signature and class stay what they were."""
     own = model.__dict__.get("forward")
@@ -313,7 +332,7 @@ def _install(model: nn.Module, root: Root) -> None:
             return inner(self, *args, **kwargs)
         here.enter(self, args, kwargs)
         out = inner(self, *args, **kwargs)
-        here.leave()
+        here.finish()
         return out
 
     model.__dict__[NAME] = root

@@ -14,10 +14,17 @@ import torch
 from torch import Tensor, fx
 
 from ttt_compiler.codegen import ops  # noqa: F401  (registers the ops)
-from ttt_compiler.compat import fork_graph_module, graph_inputs, inline_modules, is_exported, meta_tensor
+from ttt_compiler.compat import (
+    fork_graph_module,
+    graph_inputs,
+    inline_modules,
+    is_exported,
+    meta_tensor,
+    propagate_shapes,
+)
 from ttt_compiler.config import TTTConfig
 from ttt_compiler.conversion import initial_parameters, site_specs
-from ttt_compiler.discover import other_last_token
+from ttt_compiler.discover import probed_positions, with_other_token
 from ttt_compiler.discovery.found import Discovery
 from ttt_compiler.discovery.recorder import Recorder
 from ttt_compiler.eligibility import check_sites
@@ -84,11 +91,7 @@ def _require_shapes(gm: fx.GraphModule, values: Sequence[Any] | None) -> None:
             "the graph carries no shapes. Type ttt.rewrite(graph, config, example_inputs=((x,), {})) with "
             "one batch x [batch, tokens, ...], or capture it with torch.export"
         )
-    from torch._subclasses import FakeTensorMode
-    from torch.fx.passes.fake_tensor_prop import FakeTensorProp
-
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    FakeTensorProp(gm, mode).propagate(*values)
+    propagate_shapes(gm, values)
 
 
 def _discover(gm: fx.GraphModule, values: Sequence[Any] | None) -> Discovery:
@@ -105,11 +108,12 @@ def _discover(gm: fx.GraphModule, values: Sequence[Any] | None) -> Discovery:
             data = [x for n, x in given.items() if GraphView(gm).is_data(n) and isinstance(x, Tensor)]
             first = next((x for x in data if x.dim() >= 2), None)
             run(*values)
-            changed = None if first is None else other_last_token([first], {})
-            if first is not None and changed is not None:
+            for position in () if first is None else probed_positions([first], {}):
+                assert first is not None
                 leading = (int(first.shape[0]), int(first.shape[1]))
-                recorder.start_second_run()
-                run(*(changed[0][0] if x is first else x for x in values))
+                if (changed := with_other_token([first], {}, position)) is not None:
+                    recorder.start_run(position)
+                    run(*(changed[0][0] if x is first else x for x in values))
     return recorder.result(leading)
 
 

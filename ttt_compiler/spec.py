@@ -104,8 +104,8 @@ class SiteSpec:
 
     @property
     def parameters_added(self) -> int:
-        """Scalars in conv and P; none for a further place of the same weight."""
-        if self.use:
+        """Scalars in conv and P; none for a further call of the same module."""
+        if self.call:
             return 0
         return self.d_target * self.conv_kernel + (self.d_target * self.d_model if self.proj else 0)
 

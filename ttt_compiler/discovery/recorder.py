@@ -21,8 +21,12 @@ from ttt_compiler.discovery.token_path import UNKNOWN, TokenPath, probe
 from ttt_compiler.passes.dataflow import read_dataflow
 from ttt_compiler.passes.embeddings import token_embeddings
 from ttt_compiler.passes.find_mlps import MLPSite, find_mlps
-from ttt_compiler.passes.op_classes import OpClass, class_of, op_name
+from ttt_compiler.passes.op_classes import OpClass, class_of, higher_order_name, op_name
 
+# Where a value stands: the higher-order nodes around it, and its own node.
+_Address = tuple[fx.Node, ...]
+# Operators that are called as (body, *operands) and do what the body does.
+_RUN_BY_HAND = ("tag_activation_checkpoint", "wrap")
 UNNAMED = "an MLP whose weight is no parameter or buffer of the model (a view made outside of the graph)"
 IN_LOOP = (
     "which takes no further operands, so it cannot be given what a fast weight needs. Run the layers one "
@@ -31,7 +35,7 @@ IN_LOOP = (
 
 
 class Recorder:
-    """Use as ``backend=``, run the model twice (see ``token_path.py``), then take :meth:`result`."""
+    """Use as ``backend=``, run the model a few times (see ``token_path.py``), then take :meth:`result`."""
 
     def __init__(self, model: nn.Module, names: Mapping[int, str] | None = None) -> None:
         """Args: the model, and names of tensors that it does not hold, by identity."""
@@ -48,8 +52,9 @@ class Recorder:
         # Per module, which call of it an entry of a node's module stack stands for, in one run of a graph.
         self.calls: dict[str, dict[tuple[int, str], int]] = {}
         self.graphs = 0
-        self.runs: tuple[list[_Run], list[_Run]] = ([], [])
-        self._second = False
+        # The runs of graphs in the run as given, and per run with one token changed: which one, and its.
+        self.first: list[_Run] = []
+        self.others: list[tuple[int, list[_Run]]] = []
 
     def __call__(self, gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         """The backend: keep the graph; what it returns keeps every run."""
@@ -59,7 +64,7 @@ class Recorder:
 
         def run(*args: Any) -> Any:
             this = _Run(graph, self._names_of(placeholders, args))
-            self.runs[self._second].append(this)
+            (self.others[-1][1] if self.others else self.first).append(this)
             return _HiddenStates(this).run(*args)
 
         return run
@@ -68,22 +73,22 @@ class Recorder:
         pairs = zip(placeholders, values, strict=True)
         return {n: self.names[id(x)] for n, x in pairs if id(x) in self.names}
 
-    def start_second_run(self) -> None:
-        """What runs from here on has another last token in its first row."""
-        self._second = True
+    def start_run(self, position: int) -> None:
+        """What runs from here on has another token at ``position`` of its first row."""
+        self.others.append((position, []))
 
     def without_running(self, gm: fx.GraphModule) -> None:
         """Record one run of which nothing is known but the graph."""
-        self.runs[0].append(_Run(_Graph(gm, {}), {}))
+        self.first.append(_Run(_Graph(gm, {}), {}))
 
     def result(self, leading: tuple[int, int] | None) -> Discovery:
         """Everything that was found; ``leading`` is B and T of the inputs."""
-        first, second = (_places(runs) for runs in self.runs)
+        first = _places(self.first)
+        others = [(position, _places(runs)) for position, runs in self.others]
         found = {
             key: [
-                self._describe(run, site, key, _probed(place, second.get(key, [])[i : i + 1], leading))
+                self._describe(*place, key, _probed(place, _same_place(others, key, i), leading))
                 for i, place in enumerate(places)
-                for run, site in [place]
             ]
             for key, places in first.items()
             if key is not None
@@ -92,18 +97,18 @@ class Recorder:
         mlps = (_merged(places, block) for places, block in zip(found.values(), blocks, strict=True))
         # A weight that one place of the model uses as an MLP may be refused at another.
         rejections = dict.fromkeys(
-            (run.name_of(weight), reason) for run in self.runs[0] for weight, reason in run.graph.rejections
+            (run.name_of(weight), reason) for run in self.first for weight, reason in run.graph.rejections
         )
         if None in first:
             rejections[None, UNNAMED] = None
-        widths = {r.graph.embed_width for r in self.runs[0] if r.graph.embed_width is not None}
+        widths = {r.graph.embed_width for r in self.first if r.graph.embed_width is not None}
         return Discovery(
             tuple(mlps), tuple(rejections), widths.pop() if len(widths) == 1 else None, self.graphs
         )
 
     def _describe(self, run: _Run, site: MLPSite, key: str, path: TokenPath) -> FoundMLP:
         out, weight = meta_tensor(site.contraction), meta_tensor(site.weight)
-        derived = weight is None or is_wrapper_tensor(weight) or not _is_view(site)
+        derived = weight is None or is_wrapper_tensor(weight) or not (site.plain and _is_view(site))
         dtype = weight.dtype if weight is not None and not derived else None
         if dtype is None:
             dtype = torch.get_default_dtype() if out is None else out.dtype
@@ -172,7 +177,11 @@ class _Run:
 
     graph: _Graph
     weights: Mapping[fx.Node, str]
-    hidden: dict[fx.Node, Tensor] = field(default_factory=dict)
+    hidden: dict[_Address, Tensor] = field(default_factory=dict)
+
+    def hidden_of(self, site: MLPSite) -> Tensor | None:
+        """The hidden activation of a site; one body runs once per call of it."""
+        return self.hidden.get((*site.calls, site.h))
 
     def name_of(self, weight: fx.Node | None) -> str | None:
         if weight is None:
@@ -181,17 +190,22 @@ class _Run:
 
 
 class _HiddenStates(fx.Interpreter):
-    """Runs a graph and keeps every site's hidden activation."""
+    """Runs a graph and the bodies in it, and keeps every site's hidden activation."""
 
-    def __init__(self, run: _Run) -> None:
-        super().__init__(run.graph.gm)
-        self._wanted = {site.h for site in run.graph.sites}
-        self._store = run.hidden
+    def __init__(self, run: _Run, gm: fx.GraphModule | None = None, calls: tuple[fx.Node, ...] = ()) -> None:
+        super().__init__(run.graph.gm if gm is None else gm)
+        self._run, self._calls = run, calls
+        self._wanted = {(*site.calls, site.h) for site in run.graph.sites}
+        self._entered = {site.calls[: len(calls) + 1] for site in run.graph.sites}
 
     def run_node(self, n: fx.Node) -> Any:
+        calls = (*self._calls, n)
+        if calls in self._entered and higher_order_name(n) in _RUN_BY_HAND:
+            body, *operands = self.fetch_args_kwargs_from_env(n)[0]
+            return _HiddenStates(self._run, body, calls).run(*operands)
         result = super().run_node(n)
-        if n in self._wanted and isinstance(result, Tensor):
-            self._store[n] = result.detach().clone()
+        if calls in self._wanted and isinstance(result, Tensor):
+            self._run.hidden[calls] = result.detach().clone()
         return result
 
 
@@ -204,18 +218,30 @@ def _places(runs: list[_Run]) -> dict[str | None, list[tuple[_Run, MLPSite]]]:
     return found
 
 
+def _same_place(
+    others: list[tuple[int, dict[str | None, list[tuple[_Run, MLPSite]]]]], key: str | None, index: int
+) -> list[tuple[int, Tensor | None]]:
+    """Per run with one token changed: which one, and the hidden activation of one place."""
+    found = []
+    for position, places in others:
+        there = places.get(key, [])[index : index + 1]
+        found.append((position, there[0][0].hidden_of(there[0][1]) if there else None))
+    return found
+
+
 def _probed(
-    place: tuple[_Run, MLPSite], other: list[tuple[_Run, MLPSite]], leading: tuple[int, int] | None
+    place: tuple[_Run, MLPSite],
+    others: list[tuple[int, Tensor | None]],
+    leading: tuple[int, int] | None,
 ) -> TokenPath:
-    """Compare a place with the same one of the second run, which may be another graph."""
+    """Compare a place with itself in the other runs, whose graphs may be others."""
     run, site = place
     if site.body is not None:
         return TokenPath(None, problem=f"it lies in the body of a {site.body}, {IN_LOOP}")
     if site.kind == "moe":
         # Experts get tokens in an order of their own: the comparison would mean nothing.
         return UNKNOWN
-    second = other[0][0].hidden.get(other[0][1].h) if other else None
-    return probe(run.hidden.get(site.h), second, leading)
+    return probe(run.hidden_of(site), others, leading)
 
 
 def _is_view(site: MLPSite) -> bool:

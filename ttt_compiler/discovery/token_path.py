@@ -1,12 +1,13 @@
-"""How tokens reach an MLP, seen from two runs that differ in the last token of the first row.
+"""How tokens reach an MLP, seen from runs that differ in one token of the first row.
 
-The hidden activation of a causal decoder's MLP changes at that one place and nowhere else. Where else it
-changes tells what is wrong; in which layout it changes tells how rows and tokens are laid out. May be
-changed here: the layouts that are understood, the words for what is not.
+The hidden activation of a causal decoder's MLP changes from that token on, in that row, and nowhere else.
+Where else it changes tells what is wrong; in which layout, how rows and tokens are laid out. May be changed
+here: the layouts that are understood, the words for what is not.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -49,12 +50,14 @@ class TokenPath:
 UNKNOWN = TokenPath(None)
 
 
-def probe(first: Tensor | None, second: Tensor | None, leading: tuple[int, int] | None) -> TokenPath:
-    """Compare the hidden activations ``[B, T, F]``, ``[T, B, F]`` or ``[B*T, F]`` of two runs.
+def probe(
+    first: Tensor | None, others: Sequence[tuple[int, Tensor | None]], leading: tuple[int, int] | None
+) -> TokenPath:
+    """Compare the hidden activations ``[B, T, F]``, ``[T, B, F]`` or ``[B*T, F]`` of several runs.
 
     Args:
         first: of the run as given; None when it was not seen.
-        second: of the run with another last token in row 0.
+        others: of runs with another token in row 0: its position, and the activation or None.
         leading: B and T of the inputs.
     """
     if first is None or leading is None:
@@ -67,23 +70,30 @@ def probe(first: Tensor | None, second: Tensor | None, leading: tuple[int, int] 
             f"rows of {leading[1]} tokens: it is not one row of features per token",
             of_tokens=False,
         )
-    if second is None or first.is_meta:
+    seen = [(p, other) for p, other in others if other is not None and other.shape == first.shape]
+    if not seen or first.is_meta:
         return UNKNOWN
-    seen = [
-        (_changed(a, b), time_major)
-        for (a, time_major), (b, _) in zip(layouts, _layouts(second, *leading), strict=True)
-    ]
-    for changed, time_major in seen:
-        only_there = changed.sum() == 1 and bool(changed[0, -1])
-        if only_there:
-            return TokenPath(True, time_major)
-    changed, time_major = seen[0]
-    if not changed.any():
+    verdicts = [_verdict(first, seen, leading, index) for index in range(len(layouts))]
+    return next((v for v in verdicts if v.causal), verdicts[0])
+
+
+def _verdict(
+    first: Tensor, seen: Sequence[tuple[int, Tensor]], leading: tuple[int, int], index: int
+) -> TokenPath:
+    """What one layout makes of the changes."""
+    before, time_major = _layouts(first, *leading)[index]
+    moved = False
+    for position, other in seen:
+        changed = _changed(before, _layouts(other, *leading)[index][0])
+        moved |= bool(changed.any())
+        if changed[1:].any():
+            return TokenPath(None, time_major, ROWS)
+        if changed[0, :position].any():
+            return TokenPath(False, time_major, LATER)
+    if not moved:
         # Something that is zero everywhere (a zero-initialised gate) says nothing.
         return TokenPath(None, time_major, CONSTANT, of_tokens=False) if bool(first.any()) else UNKNOWN
-    if changed[1:].any():
-        return TokenPath(None, time_major, ROWS)
-    return TokenPath(False, time_major, LATER)
+    return TokenPath(True, time_major)
 
 
 def _layouts(h: Tensor, rows: int, tokens: int) -> list[tuple[Tensor, bool]]:

@@ -37,6 +37,8 @@ class Contraction:
     d_out: int
     transposed: bool
     operand_transposed: bool
+    scale: float  # the product is multiplied by it (alpha of addmm)
+    plain: bool  # node == data @ weight (+ a bias per output feature), nothing else
     kind: str  # "dense" | "moe"
 
 
@@ -48,6 +50,8 @@ class _Operands:
     second: fx.Node
     bias: fx.Node | None
     in_first: bool  # a weight in the second place is [.., d_in, d_out]
+    scale: float = 1.0
+    bias_scale: float = 1.0
 
 
 def weighted_contractions(view: GraphView) -> dict[fx.Node, Contraction]:
@@ -86,9 +90,13 @@ def _operands(view: GraphView, node: fx.Node) -> _Operands | None:
     else:
         first = _argument(node, 0, "input", "self", "mat_a")
         second = _argument(node, 1, "other", "mat2", "weight", "vec", "mat_b")
+    scales = [node.kwargs.get(k, 1) for k in ("alpha", "beta")]
     if not isinstance(first, fx.Node) or not isinstance(second, fx.Node):
         return None
-    return _Operands(first, second, bias if isinstance(bias, fx.Node) else None, in_first=name != "linear")
+    if not all(isinstance(s, (int, float)) for s in scales):
+        return None
+    bias = bias if isinstance(bias, fx.Node) else None
+    return _Operands(first, second, bias, name != "linear", *(float(s) for s in scales))  # type: ignore[arg-type]
 
 
 def _weight_root(view: GraphView, operand: fx.Node) -> tuple[fx.Node | None, bool]:
@@ -125,17 +133,21 @@ def _recognise(view: GraphView, node: fx.Node) -> Contraction | None:
     rank = len(view.shape(weight) or ())
     batched = rank > 2 or view.name(node) == "grouped_mm"
     swaps = _count_transposes(view, weight)
+    bias = operands.bias
+    per_feature = bias is None or (not view.is_data(bias) and len(view.shape(bias) or ()) == 1)
     return Contraction(
         node=node,
         h=h,
         data=data,
         weight_operand=operands.second if weight_second else operands.first,
         weight=root,
-        bias=operands.bias,
+        bias=bias,
         d_in=d_in,
         d_out=d_out,
         transposed=in_before_out != bool(swaps % 2),
         operand_transposed=in_before_out,
+        scale=operands.scale,
+        plain=per_feature and operands.scale == operands.bias_scale == 1.0,
         kind="moe" if routed or batched else "dense",
     )
 
@@ -183,6 +195,9 @@ def _einsum_sizes(
     if not contracted or not produced:
         return None
     if contracted[-1] != data_term[-1] or produced[-1] != out[-1]:
+        return None
+    # And what is in front of them must keep its order.
+    if [c for c in data_term if c not in contracted] != [c for c in out if c not in produced]:
         return None
     size = {c: d for c, d in zip(weight_term, weight_shape, strict=True) if isinstance(d, int)}
     if any(c not in size for c in contracted) or produced[-1] not in size:

@@ -35,7 +35,9 @@ class MLPSite:
     up-projections read, behind casts, views and dropout, ``x_operand`` the same as one of them gets
     it. ``transposed`` tells that the root ``weight`` is stored ``[d_ff, d_model]``,
     ``operand_transposed`` that ``weight_operand`` (what the contraction gets: the root, a view of it,
-    or a value computed from it) is; ``bias`` is given only if the contraction adds it.
+    or a value computed from it) is; ``bias`` is given only if the contraction adds it. ``plain`` is
+    False when the contraction does more than that (``alpha``, ``beta``, a matrix added); ``scale`` is
+    what it multiplies the product by.
 
     ``kind`` is ``"moe"`` for routed experts, ``"shared"`` for a shared expert beside them (it sees
     every token, in sequence order), else ``"dense"``.
@@ -64,6 +66,8 @@ class MLPSite:
     weight_operand: fx.Node
     transposed: bool
     operand_transposed: bool
+    scale: float
+    plain: bool
     bias: fx.Node | None
     d_model: int
     d_ff: int
@@ -191,6 +195,8 @@ class _Finder:
             weight_operand=down.weight_operand,
             transposed=down.transposed,
             operand_transposed=down.operand_transposed,
+            scale=down.scale,
+            plain=down.plain,
             bias=down.bias,
             d_model=down.d_out,
             d_ff=down.d_in,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from ttt_compiler.compat import wrapper_of
+from ttt_compiler.compat import module_stack, wrapper_of
 from ttt_compiler.errors import GraphRewriteError
 from ttt_compiler.passes.base import (
     BoundSite,
@@ -48,7 +48,7 @@ class MatchMarkers(GraphPass):
         return len(state.sites)
 
     def _pair(self, state: PassState, group: list[fx.Node], places: list[MLPSite]) -> None:
-        """The k-th marker of a weight stands for the k-th place that applies it."""
+        """A marker stands for the first place, in order, inside of the module call that emitted it."""
         specs = [SiteSpec.decode(str(m.args[2])) for m in group]
         if not places:
             raise GraphRewriteError(_explain(state, group[0], specs[0]))
@@ -58,7 +58,22 @@ class MatchMarkers(GraphPass):
                 f"{len(places)} MLPs with it. Type ttt.revert(model) and convert it with example_inputs that "
                 "run all of its places"
             )
-        for marker, site, spec in zip(group, places, specs, strict=True):
+        running = [s.key for m, s in zip(group, specs, strict=True) if m.args[7] is not None]
+        if len(set(running)) < len(running):
+            raise GraphRewriteError(
+                f"{specs[0].key}: this call applies it in more places than were seen at conversion, and they "
+                "would share one state. Type ttt.revert(model) and convert it with example_inputs that run "
+                "all of its places"
+            )
+        left = list(places)
+        # Innermost modules first: a call that holds another one must leave it its place.
+        order = sorted(zip(group, specs, strict=True), key=lambda pair: -len(module_stack(pair[0])))
+        for marker, spec in order:
+            own = module_stack(marker)[:1]
+            site = next((s for s in left if not own or own[0] in module_stack(s.contraction)), None)
+            if site is None:
+                raise GraphRewriteError(_explain(state, marker, spec))
+            left.remove(site)
             state.sites.append(BoundSite(marker, site, spec))
 
 

@@ -15,14 +15,6 @@ from .op_classes import OpClass, is_affine
 
 _DEPTH = 12
 _CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "convolution")
-_BETWEEN = (
-    OpClass.POINTWISE,
-    OpClass.VIEW,
-    OpClass.CAST,
-    OpClass.DROPOUT,
-    OpClass.NORM,
-    OpClass.SPLIT,
-)
 # nn.TransformerEncoderLayer in eval mode is one operation that contains its MLP.
 _FUSED_ENCODER_LAYER = "_transformer_encoder_layer_fwd"
 _FUSED_ENCODER_REASON = (

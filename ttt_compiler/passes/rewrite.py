@@ -48,10 +48,11 @@ def _rewrite(site: BoundSite) -> fx.Node:
         b = _Builder(graph, out.dtype)
         layout = SequenceLayout(site, graph)
         h, t = b.cast(layout.sequence(mlp.h)), b.cast(layout.sequence(site.target))
-        keeps_base = is_wrapper_tensor(meta_tensor(mlp.weight_operand))
+        keeps_base = not mlp.plain or is_wrapper_tensor(meta_tensor(mlp.weight_operand))
         bias = None
         if keeps_base:
-            # A quantised weight keeps its own kernel; the fast weight is the delta upon it.
+            # A quantised weight keeps its own kernel, an unusual contraction what else it does; the fast
+            # weight is the delta upon it.
             w0 = b.call(torch.zeros, spec.d_model, spec.d_ff, dtype=out.dtype, device=out.device)
         else:
             transposed = mlp.operand_transposed
@@ -59,6 +60,8 @@ def _rewrite(site: BoundSite) -> fx.Node:
             bias = None if mlp.bias is None else b.cast(mlp.bias)
         fast = _fast_node(b, site, h, t, w0, bias)
         y = layout.restored(fast, out.dim(), spec.d_model)
+        if mlp.scale != 1.0:
+            y = b.call(operator.mul, y, mlp.scale)
     for name in ("stack_trace", "nn_module_stack"):
         if name in contraction.meta:
             fast.meta[name] = contraction.meta[name]

@@ -6,9 +6,9 @@ here: the layouts; which of them a site has was seen at conversion (``discovery/
 
 from __future__ import annotations
 
-from torch import fx
+from torch import Tensor, fx
 
-from ttt_compiler.compat import meta_tensor
+from ttt_compiler.compat import meta_tensor, size_hint
 from ttt_compiler.errors import GraphRewriteError
 from ttt_compiler.passes.base import BoundSite
 
@@ -30,6 +30,7 @@ class SequenceLayout:
         dims = None if value is None else value.dim()
         time_major = self._site.spec.time_major
         if dims == 3:
+            self._check(value)
             return self._graph.call_method("transpose", (node, 0, 1)) if time_major else node
         if dims != 2 or value is None:
             raise GraphRewriteError(
@@ -44,6 +45,21 @@ class SequenceLayout:
         return self._graph.call_method(
             "transpose", (self._graph.call_method("reshape", (node, tokens, rows, width)), 0, 1)
         )
+
+    def _check(self, value: Tensor | None) -> None:
+        """The call's own rows and tokens must stand where they were seen at conversion."""
+        tokens = None if self._site.tokens is None else meta_tensor(self._site.tokens)
+        if tokens is None or value is None or tokens.dim() < 2:
+            return
+        given = tuple(size_hint(d) for d in tokens.shape[:2])
+        seen = tuple(size_hint(d) for d in value.shape[:2])
+        if seen != (given[::-1] if self._site.spec.time_major else given):
+            raise GraphRewriteError(
+                f"{self._site.spec.key}: its tokens arrive as {list(seen)} in a call of {given[0]} rows of "
+                f"{given[1]} tokens, in another layout than when the model was converted. Type "
+                "ttt.revert(model) and convert it with example_inputs of two rows or more and of the "
+                "length you use, or leave the block out with layers=[...]"
+            )
 
     def restored(self, y: fx.Node, dims: int, width: int) -> fx.Node:
         """``y [B, T, width]`` in the layout of the contraction's own result."""

@@ -68,6 +68,10 @@ class Root:
 
     def __post_init__(self) -> None:
         # Sites that no module but the model itself stands for are marked at the start of its forward.
+        calls: dict[str, set[int]] = {}
+        for spec in self.specs:
+            calls.setdefault(spec.module, set()).add(spec.call)
+        self.shared_calls = {name: len(c) for name, c in calls.items() if name and len(c) > 1}
         self.own_sites = tuple((s, s.encode()) for s in self.specs if not s.module)
 
     def parameters(self, spec: SiteSpec) -> tuple[nn.Parameter, nn.Parameter | None]:
@@ -94,9 +98,13 @@ class Root:
         weight = weight_of(self.modules[spec.key], spec)
         return weight.t() if spec.weight in self.transposed else weight
 
+    def weights(self) -> list[Tensor]:
+        """The chosen weights as they stand in the model now, one per site."""
+        return [weight_of(self.modules[s.key], s) for s in self.specs]
+
     def owner(self) -> tuple[object, ...]:
         """Identity of the slow weights that a state is written on; training or loading changes it."""
-        weights = [weight_of(self.modules[s.key], s) for s in self.specs]
+        weights = self.weights()
         for spec in self.specs:
             if spec.derived and spec.module:
                 weights += self.modules[spec.key].parameters()
@@ -146,6 +154,7 @@ class Root:
                 f"position_ids of {pos.dim()} dimensions do not say where documents start. Pass them "
                 "as [batch, tokens]"
             )
+        self._check_mask(args, kwargs)
         state = kwargs.get(STATE_ARGUMENT)
         if state is not None:
             first = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
@@ -173,6 +182,23 @@ class Root:
         else:
             attach_state(cache, self.new_state(tokens.shape[0]))
         return kwargs, True
+
+    def _check_mask(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """A 2-D mask says which tokens are padding; others leave documents alone.
+
+        Raises:
+            PositionError: a 2-D mask of another meaning.
+        """
+        mask, rows = self.argument("attention_mask", args, kwargs), self._rows(args, kwargs)
+        if not isinstance(mask, Tensor) or mask.dim() != 2 or rows is None:
+            return
+        fits = mask.shape[0] in (1, rows.shape[0]) and mask.shape[1] >= rows.shape[1]
+        if mask.is_floating_point() or not fits:
+            raise PositionError(
+                f"attention_mask {list(mask.shape)} of {mask.dtype}: a mask of two dimensions says which "
+                f"tokens are padding, 1 or 0 for each of [batch, tokens] = {list(rows.shape[:2])}. Pass "
+                "another kind of mask with four dimensions, [batch, 1, tokens, tokens]"
+            )
 
     def _check(self, state: FastWeightState, batch: int) -> None:
         check_fits(state, self.specs, batch, self.parameters(self.specs[0])[0], self.owner())
@@ -208,6 +234,19 @@ class Root:
         if self.own_sites:
             assert self.context.tokens is not None
             mark(model, self.own_sites, self.context, self.context.tokens)
+
+    def finish(self) -> None:
+        """Captured with the model, at the end of its forward: no place may have been skipped unnoticed."""
+        uses = self.context.uses
+        for name, number in self.shared_calls.items():
+            if self.context.state is not None and uses.get(name, 0) != number:
+                raise UnsupportedModelError(
+                    f"{name} was called {uses.get(name, 0)} times in this call and {number} times when the "
+                    "model was converted, so its places cannot be told apart and this sequence's state "
+                    "is lost. Start a new session, and convert the model with example_inputs that run all "
+                    "places"
+                )
+        self.leave()
 
     def leave(self) -> None:
         """Captured with the model: drop what :meth:`enter` set."""
