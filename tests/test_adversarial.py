@@ -386,3 +386,31 @@ def test_rewrite_keeps_buffers_and_control_flow_of_an_exported_graph():
         assert (graph(x) - before).abs().max() > 0.5, "the buffer was frozen into the graph"
         graph(-x)
     assert model.scale == 0 or dict(graph.named_buffers())["scale"] is model.scale
+
+
+def test_parts_that_backward_runs_again_miss_their_positions():
+    from torch.utils.checkpoint import checkpoint
+
+    class Packed(nn.Module):
+        reentrant = False
+
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList(unusual.Stack(unusual.MLP()) for _ in range(2))
+
+        def forward(self, x, position_ids=None):
+            for block in self.blocks:
+                x = checkpoint(block, x, use_reentrant=True) if self.reentrant else block(x)
+            return x
+
+    x, pos = inputs().requires_grad_(), torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4]])
+    model = Packed()
+    ttt.convert(model, CONFIG, example_inputs=((inputs(),), {}))
+    models.randomize(model)
+    for block in model.blocks:
+        block.compile(backend=BACKEND)
+    model(x, position_ids=pos).sum().backward()
+    model.reentrant = True
+    with pytest.raises(UnsupportedModelError, match="Compile the whole model"):
+        model(x, position_ids=pos).sum().backward()
+    model(x).sum().backward()

@@ -35,6 +35,7 @@ from ttt_compiler.errors import (
     GraphRewriteError,
     NotCompiledError,
     NotConvertedError,
+    UnsupportedModelError,
 )
 from ttt_compiler.passes.base import is_op
 from ttt_compiler.passes.pipeline import PipelineResult, pipeline_uuid, run_pipeline
@@ -199,6 +200,12 @@ def _check_region(module: nn.Module, kwargs: Mapping[str, Any]) -> None:
     context = region_context(module)
     if context is None or context.active or not context.enabled:
         return
+    if context.had_positions and compat.in_backward():
+        raise UnsupportedModelError(
+            f"{type(module).__name__} is run again by the backward pass (reentrant activation checkpointing), "
+            "without the positions or the mask of the call it belongs to. Compile the whole model instead of "
+            'its parts: model.compile(backend="inplace_ttt")'
+        )
     named = [k for k in ("past_key_values", "position_ids", "attention_mask") if kwargs.get(k) is not None]
     if named or kwargs.get("use_cache") is True:
         raise CacheError(

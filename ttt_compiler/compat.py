@@ -325,6 +325,11 @@ def inner_tensor(value: Any) -> str:
     return ".".join(path)
 
 
+def in_backward() -> bool:
+    """Whether this thread is inside of a backward pass. Checked on 2.13: ``_current_graph_task_id``."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
 def module_stack(node: fx.Node) -> list[tuple[int, str]]:
     """The modules whose forward a node comes from, innermost first: identity, and which call of it.
 

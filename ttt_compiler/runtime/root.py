@@ -231,6 +231,7 @@ class Root:
         self.context.state = state
         self.context.tokens = self._rows(args, kwargs)
         self.context.pos = self._positions(args, kwargs, state)
+        self.context.had_positions = self.context.pos is not None
         if self.own_sites:
             assert self.context.tokens is not None
             mark(model, self.own_sites, self.context, self.context.tokens)

@@ -31,6 +31,7 @@ class CallContext:
         pos: int64 ``[B or 1, T]`` positions (0 starts a document, negative is padding) or None.
         state: the running sequences, or None for a stateless call.
         uses: how often each module that several places share has been called so far.
+        had_positions: whether the last call had positions; outlives it.
     """
 
     def __init__(self) -> None:
@@ -40,6 +41,7 @@ class CallContext:
         self.pos: Tensor | None = None
         self.state: FastWeightState | None = None
         self.uses: dict[str, int] = {}
+        self.had_positions = False
 
     def clear(self) -> None:
         """Forget the call."""
