@@ -202,9 +202,9 @@ def _check_region(module: nn.Module, kwargs: Mapping[str, Any]) -> None:
         return
     if context.had_positions and compat.in_backward():
         raise UnsupportedModelError(
-            f"{type(module).__name__} is run again by the backward pass (reentrant activation checkpointing), "
-            "without the positions or the mask of the call it belongs to. Compile the whole model instead of "
-            'its parts: model.compile(backend="inplace_ttt")'
+            f"{type(module).__name__} is run again by the backward pass (reentrant activation "
+            "checkpointing), without the positions or the mask of the call it belongs to. Compile the whole "
+            'model instead of its parts: model.compile(backend="inplace_ttt")'
         )
     named = [k for k in ("past_key_values", "position_ids", "attention_mask") if kwargs.get(k) is not None]
     if named or kwargs.get("use_cache") is True:

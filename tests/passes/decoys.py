@@ -33,6 +33,26 @@ class SoftmaxRouter(Plain):
         return self.down(F.gelu(self.up(x))).softmax(-1)
 
 
+class ResidualRouter(Plain):
+    """A router whose logits are a residual: ``softmax(x + MLP(x))`` weighs, it is no stream."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + self.down(F.gelu(self.up(x)))).softmax(-1)
+
+
+class ResidualFeatureMap(Plain):
+    """Linear attention whose queries and keys are ``x + MLP(x)``: the sum goes into scores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.v = nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = x + self.down(F.gelu(self.up(x)))
+        scores = (q @ q.transpose(1, 2)).tril()
+        return scores @ self.v(x)
+
+
 class SigmoidGate(Plain):
     """D -> F -> D makes a gate for x, not an update of the residual stream."""
 

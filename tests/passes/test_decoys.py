@@ -17,6 +17,8 @@ NOT_FEATURES = "over an axis that is not the features"
 REFUSED = [
     (decoys.SiluGatedAttention, "out.weight", ATTENTION),
     (decoys.SoftmaxRouter, "down.weight", "goes into softmax"),
+    (decoys.ResidualRouter, "down.weight", "goes into softmax alone"),
+    (decoys.ResidualFeatureMap, "down.weight", "goes into matmul alone"),
     (decoys.SigmoidGate, "down.weight", "sigmoid is applied to its output"),
     (decoys.RecurrentBuffer, "down.weight", "picks 2 of 16 tokens"),
     (decoys.GatedConvolution, "down.weight", "follows conv1d"),

@@ -87,6 +87,9 @@ class _Walk:
                 if trail.turned and any(view.depends_on(self.x, o) for o in others):
                     return self._answer(None, refusal="mixes tokens: its output is transposed again after it")
                 if any(_carries_residual(view, o, self.x, self.down.d_out) for o in others):
+                    if trail.gate is None and (ends_in := self._swallowed_by(node)) is not None:
+                        why = f"the sum with its input goes into {ends_in} alone, it is no residual stream"
+                        return self._answer(None, refusal=why)
                     if trail.gate is None:
                         return self._answer(node)
                     why = f"{trail.gate} is applied to its output before it joins the residual (a gate)"
@@ -127,6 +130,24 @@ class _Walk:
             return True
         self.leaves |= op_class in (OpClass.CONTRACT, OpClass.OTHER)
         return op_class in (OpClass.CONTRACT, OpClass.OTHER)
+
+    def _swallowed_by(self, merge: fx.Node) -> str | None:
+        """What takes the sum in the place of a further layer: a softmax (a router), attention scores."""
+        pending, seen, name = [merge], set(), None
+        while pending:
+            for user in self.view.users(pending.pop()):
+                if user in seen:
+                    continue
+                seen.add(user)
+                op_class = self.view.op_class(user)
+                scores = op_class is OpClass.CONTRACT and user not in self.contractions
+                if "softmax" in self.view.name(user) or scores:
+                    name = self.view.name(user)
+                elif op_class in (OpClass.VIEW, OpClass.CAST):
+                    pending.append(user)
+                else:
+                    return None
+        return name
 
     def _trail(self, node: fx.Node) -> _Trail:
         view, name = self.view, self.view.name(node)
