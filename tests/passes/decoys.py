@@ -338,3 +338,26 @@ class TokenMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.gelu(self.up(self.norm(x.transpose(1, 2))))).transpose(1, 2)
+
+
+class ScaledStream(Plain):
+    """``x + n(x) * (1 + MLP(n(x)))``: the output scales the stream, it is not added to it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (1 + self.down(F.gelu(self.up(x))))
+
+
+class LastOutputForAll(Plain):
+    """Every token gets the last token's output: causal by no means."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x)))[:, -1:].expand(x.shape)
+
+
+class Restrided(Plain):
+    """``as_strided`` exchanges rows and tokens of the hidden features behind the shapes' back."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.gelu(self.up(x))
+        b, t, f = h.shape
+        return self.down(h.as_strided((b, t, f), (f, b * f, 1)))

@@ -52,6 +52,12 @@ def test_refused(make: type[nn.Module], weight: str, why: str) -> None:
     assert why in reason(report_of, f"mlp.{weight}")
 
 
+@pytest.mark.xfail(reason="known to get through: the dataflow rule does not see what these do", strict=True)
+@pytest.mark.parametrize("make", [decoys.ScaledStream, decoys.LastOutputForAll, decoys.Restrided])
+def test_known_to_be_accepted(make: type[nn.Module]) -> None:
+    assert names(find_mlps(capture(Model(make), ids()))) == []
+
+
 @pytest.mark.parametrize("make", dict.fromkeys(m for m, _, _ in REFUSED))
 def test_refused_when_exported(make: type[nn.Module]) -> None:
     assert not find_mlps(exported(Model(make), ids())).sites
