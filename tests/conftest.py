@@ -53,3 +53,10 @@ def compiles(monkeypatch):
 
     monkeypatch.setattr(compat, "inductor_compile", counting)
     return Counter
+
+
+@pytest.fixture
+def fresh_dynamo():
+    """Nothing compiled before, and models built the same whatever ran before."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)

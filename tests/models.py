@@ -15,10 +15,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from ttt_compiler.codegen import reference
+from ttt_compiler.architectures.oracle import oracle_call
 from ttt_compiler.config import TTTConfig
 from ttt_compiler.conversion import convert
-from ttt_compiler.runtime.root import require_root
 from ttt_compiler.spec import CONV, PROJ
 
 VOCAB = 97
@@ -69,37 +68,11 @@ def converted(family: str = "llama", *, scale: float = 0.3, **config) -> nn.Modu
 
 def oracle(model: nn.Module, tokens: Tensor, *, pos: Tensor | None = None, **kwargs) -> Tensor:
     """Logits of the converted model, eagerly, whole sequence, by the reference."""
-    return eager_copy(model, pos)(tokens, use_cache=False, **kwargs).logits
+    return oracle_call(model, tokens, pos=pos, kwargs={"use_cache": False, **kwargs}).logits
 
 
 def oracle_gradients(model: nn.Module, tokens: Tensor) -> dict[str, Tensor]:
     """Gradients of ``logits.square().mean()`` by autograd through the reference."""
-    eager = eager_copy(model, None)
-    eager(tokens, use_cache=False).logits.square().mean().backward()
+    eager = copy.deepcopy(model)
+    oracle(eager, tokens).square().mean().backward()
     return {name: p.grad for name, p in eager.named_parameters()}
-
-
-def eager_copy(model: nn.Module, pos: Tensor | None) -> nn.Module:
-    """A copy of the converted model whose sites compute the reference eagerly."""
-    _, root = require_root(model)
-    model = copy.deepcopy(model)
-    mlp_input: dict[str, Tensor] = {}
-    embeds: list[Tensor] = []
-    model.get_input_embeddings().register_forward_hook(lambda m, a, out: embeds.append(out))
-    for spec in root.specs:
-        owner = spec.key.rpartition(".")[0]
-        site = model.get_submodule(owner)
-        parent = model.get_submodule(owner.rpartition(".")[0])
-        parent.register_forward_pre_hook(lambda m, a, key=spec.key: mlp_input.__setitem__(key, a[0]))
-
-        def forward(h, site=site, spec=spec):
-            weight = site.weight.t() if spec.key in root.transposed else site.weight
-            t = mlp_input[spec.key] if spec.target == "hidden_states" else embeds[-1]
-            bias = getattr(site, "bias", None)
-            return reference.batched(
-                h, t, weight, site.ttt_conv, site.ttt_proj, spec.lr, spec.chunk, pos, bias
-            )
-
-        site.forward = forward
-    del model.forward
-    return model

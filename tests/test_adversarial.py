@@ -11,6 +11,7 @@ from torch import nn
 
 import ttt_compiler as ttt
 from tests import models, unusual
+from tests.unusual import BACKEND, CONFIG, converted, inputs
 from ttt_compiler.architectures.oracle import oracle_call
 from ttt_compiler.errors import (
     GraphRewriteError,
@@ -20,28 +21,12 @@ from ttt_compiler.errors import (
     TTTError,
     UnsupportedModelError,
 )
+from ttt_compiler.runtime.root import require_root
 
 D, FF = unusual.D, unusual.FF
-CONFIG = ttt.TTTConfig(layers="all", chunk_size=4, lr=1.0)
-BACKEND = "inplace_ttt_eager"
 
 
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-
-
-def inputs(tokens=11, rows=2):
-    return torch.randn(rows, tokens, D, generator=torch.Generator().manual_seed(1))
-
-
-def converted(model, x=None, scale=0.3):
-    ttt.convert(model.eval(), CONFIG, example_inputs=((inputs() if x is None else x,), {}))
-    if scale:
-        models.randomize(model, scale)
-    model.compile(backend=BACKEND)
-    return model
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 class Scaled(nn.Module):
@@ -233,6 +218,22 @@ def test_one_row_is_looked_at_twice(mlp):
     x = inputs()
     with torch.no_grad():
         torch.testing.assert_close(model(x), oracle_call(model, x), rtol=1e-4, atol=1e-4)
+
+
+class OneAtATime(unusual.Stack):
+    """Finds out that it cannot take two rows when its first part has run."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        torch._dynamo.graph_break()
+        if x.shape[0] != 1:
+            raise ValueError("one row at a time")
+        return y
+
+
+def test_a_model_for_one_row_is_looked_at_with_one():
+    model = ttt.convert(OneAtATime(unusual.MLP()), CONFIG, example_inputs=((inputs(rows=1),), {}))
+    assert [s.key for s in require_root(model)[1].specs] == ["mlps.0.down.weight"]
 
 
 class Mixing(nn.Module):

@@ -10,6 +10,7 @@ from torch._higher_order_ops.scan import scan
 
 import ttt_compiler as ttt
 from tests import models, unusual
+from tests.unusual import BACKEND, CONFIG, converted, inputs
 from ttt_compiler.architectures.oracle import oracle_call
 from ttt_compiler.errors import (
     CacheError,
@@ -20,25 +21,7 @@ from ttt_compiler.errors import (
     UnsupportedModelError,
 )
 
-CONFIG = ttt.TTTConfig(layers="all", chunk_size=4, lr=1.0)
-BACKEND = "inplace_ttt_eager"
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-
-
-def inputs(tokens=11):
-    return torch.randn(2, tokens, unusual.D, generator=torch.Generator().manual_seed(1))
-
-
-def converted(model, x=None):
-    ttt.convert(model, CONFIG, example_inputs=((inputs() if x is None else x,), {}))
-    models.randomize(model)
-    model.compile(backend=BACKEND)
-    return model
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def check(model, x):

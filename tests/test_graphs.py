@@ -10,16 +10,16 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import ttt_compiler as ttt
 from tests import models, unusual
+from tests.unusual import CONFIG, inputs
 from ttt_compiler.codegen import reference
 from ttt_compiler.errors import (
     AlreadyConvertedError,
     LayerSelectionError,
     NoMLPFoundError,
     NonCausalModelError,
+    PositionError,
     UnsupportedModelError,
 )
-
-CONFIG = ttt.TTTConfig(layers="all", chunk_size=4, lr=1.0)
 
 
 class Model(torch.nn.Module):
@@ -39,10 +39,6 @@ class Model(torch.nn.Module):
 def build():
     torch.manual_seed(0)
     return Model().eval()
-
-
-def inputs(tokens=11, seed=1):
-    return torch.randn(2, tokens, unusual.D, generator=torch.Generator().manual_seed(seed))
 
 
 def captured(kind, model, x):
@@ -160,6 +156,14 @@ class WithMask(torch.nn.Module):
         return self.model(
             ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False
         ).logits
+
+
+def test_a_mask_of_another_meaning_raises():
+    tokens, pos = models.ids(2, 13), torch.arange(13)[None].expand(2, 13)
+    mask = {"position_ids": pos, "attention_mask": torch.zeros(2, 13)}
+    program = torch.export.export(WithMask(models.tiny()), (tokens,), kwargs=mask, strict=False)
+    with pytest.raises(PositionError, match="which tokens are padding"):
+        ttt.rewrite(program, CONFIG)
 
 
 def test_mistakes_are_named():

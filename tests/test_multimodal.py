@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
+from torch import nn
 
 import ttt_compiler as ttt
-from tests import models
+from tests import models, unusual
 from ttt_compiler.architectures.oracle import oracle_call
 
 CONFIG = ttt.TTTConfig(layers="all", chunk_size=4, lr=1.0)
@@ -68,3 +70,40 @@ def test_towers_are_found_refused_and_left_alone(call):
 def test_text_alone_is_enough_to_convert():
     model = ttt.convert(llava(), CONFIG)
     assert sum("ttt_conv" in n for n, _ in model.named_parameters()) == 2
+
+
+class Listening(nn.Module):
+    """A decoder that attends to a recording: an encoder with MLPs of its own, and cross-attention."""
+
+    def __init__(self):
+        super().__init__()
+        d = unusual.D
+        self.listen = nn.Conv1d(4, d, 3, padding=1)
+        self.encoder, self.decoder = (unusual.Stack(unusual.MLP(), unusual.MLP()) for _ in range(2))
+        self.q, self.k, self.v, self.o = (nn.Linear(d, d) for _ in range(4))
+
+    def forward(self, x, sound):
+        heard = self.encoder(self.listen(sound).transpose(1, 2))
+        q, k, v = (y[:, None] for y in (self.q(x), self.k(heard), self.v(heard)))
+        return self.decoder(x + self.o(F.scaled_dot_product_attention(q, k, v)[:, 0]))
+
+
+@pytest.mark.parametrize("frames", [7, 11], ids=["fewer frames than tokens", "as many"])
+def test_an_audio_encoder_and_cross_attention_are_left_alone(frames):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    x, sound = unusual.inputs(), torch.randn(2, 4, frames)
+    found = {s.weight: s.kind for s in ttt.find_sites(Listening(), x, sound)}
+    assert found == {
+        f"{part}.mlps.{i}.down.weight": kind
+        for part, kind in (("encoder", "other"), ("decoder", "dense"))
+        for i in range(2)
+    }
+    model = ttt.convert(Listening(), CONFIG, example_inputs=((x, sound), {}))
+    assert {n for n, _ in model.named_parameters() if "ttt_conv" in n} == {
+        f"decoder.mlps.{i}.down.ttt_conv" for i in range(2)
+    }
+    models.randomize(model)
+    model.compile(backend="inplace_ttt_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, sound), oracle_call(model, x, sound), rtol=1e-4, atol=1e-4)

@@ -8,11 +8,10 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import ttt_compiler as ttt
 from tests import models, unusual
+from tests.unusual import CONFIG
 from ttt_compiler.architectures.oracle import oracle_call
 from ttt_compiler.compat import visible_mlps
 from ttt_compiler.runtime.root import require_root
-
-CONFIG = ttt.TTTConfig(layers="all", chunk_size=4, lr=1.0)
 
 
 def normed():
@@ -178,6 +177,24 @@ def test_adapters_of_unusual_models_travel(tmp_path):
         added = {k: v for k, v in model.state_dict().items() if "ttt_" in k}
         assert added
         assert all(torch.equal(v, other.state_dict()[k]) for k, v in added.items())
+
+
+@pytest.mark.parametrize("name", ["shared", "stacked", "int8", "weight_norm"])
+def test_sessions_of_unusual_models_travel(name, monkeypatch, tmp_path):
+    monkeypatch.setattr(unusual, "MIX", False)
+    torch._dynamo.reset()
+    model = build(name)
+    x = inputs(model)
+    ttt.convert(model, CONFIG, example_inputs=((x[:, :9],), {}))
+    compiled(models.randomize(model))
+    with torch.no_grad():
+        session = ttt.Session(model, 2)
+        model(x[:, :6], ttt_state=session.state)
+        session.save(tmp_path / "session.ttt")
+        others = [ttt.Session.load(model, tmp_path / "session.ttt"), session.fork()]
+        y, *same = (model(x[:, 6:], ttt_state=s.state) for s in (session, *others))
+    assert all(torch.equal(y, z) for z in same)
+    assert session.state.chunks_written == {s.key: [2, 2] for s in require_root(model)[1].specs}
 
 
 @pytest.mark.slow

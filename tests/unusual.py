@@ -1,4 +1,4 @@
-"""Hand-written models that keep or apply their down-projection weights in unusual ways."""
+"""Hand-written models that keep or apply their down-projection weights in unusual ways, and their inputs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import ttt_compiler as ttt
+from tests import models
+
 D, FF = 16, 40
+CONFIG = ttt.TTTConfig(layers="all", chunk_size=4, lr=1.0)
+BACKEND = "inplace_ttt_eager"
+
+
+def inputs(tokens: int = 11, rows: int = 2, seed: int = 1) -> Tensor:
+    return torch.randn(rows, tokens, D, generator=torch.Generator().manual_seed(seed))
+
+
+def converted(model: nn.Module, x: Tensor | None = None, scale: float = 0.3) -> nn.Module:
+    """``model`` converted by example, with a random adapter unless ``scale`` is 0, and compiled."""
+    ttt.convert(model.eval(), CONFIG, example_inputs=((inputs() if x is None else x,), {}))
+    if scale:
+        models.randomize(model, scale)
+    model.compile(backend=BACKEND)
+    return model
 
 
 # Off: every token by itself, so that a call on a part of the sequence needs no memory but fast weights.

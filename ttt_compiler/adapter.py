@@ -148,7 +148,7 @@ def _check_weights(
                 "model lacks: it is an adapter of another model; the model is unchanged"
             )
         # A quantised weight's dtype says nothing about the activations that conv and P work on.
-        own = root.parameters(spec)[0].dtype if root is not None else None
+        own = root.like(spec).dtype if root is not None else None
         conv = spec.qualified(spec.conv_name)
         dtype = own or (tensors[conv].dtype if spec.derived and conv in tensors else weight.dtype)
         expected[conv] = ((spec.d_target, 1, spec.conv_kernel), dtype)

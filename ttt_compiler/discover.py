@@ -41,14 +41,24 @@ def discover(model: nn.Module, example_inputs: Inputs | None = None) -> Discover
     args, kwargs = _dense(args, kwargs)
     recorder = Recorder(model)
     run = capture(uncompiled_call(model), recorder)
-    with _quiet(model), visible_mlps(), torch.no_grad():
-        args, kwargs = _run_in_two_rows(model, run, args, kwargs)
+    with _quiet(model) as restore, visible_mlps(), torch.no_grad():
+        doubled = _in_two_rows(args, kwargs)
+        if doubled is not None:
+            # A model for one row at a time says so; then it is looked at with one.
+            with contextlib.suppress(Exception):
+                run(*doubled[0], **doubled[1])
+                args, kwargs = doubled
+            restore()
+        if doubled is None or args is not doubled[0]:
+            recorder.forget()
+            run(*args, **kwargs)
+            restore()
         for position in probed_positions(args, kwargs):
             changed = with_other_token(args, kwargs, position)
             if changed is not None:
                 recorder.start_run(position)
-                with _restored(model):
-                    run(*changed[0], **changed[1])
+                run(*changed[0], **changed[1])
+                restore()
     if not recorder.graphs:
         raise UnsupportedModelError(
             f"{type(model).__name__} was not captured by Dynamo: is its forward disabled or a script module?"
@@ -84,30 +94,30 @@ def _leading_shape(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int,
     return None
 
 
+def _mapped(fn: Callable[[Any], Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Inputs:
+    return [fn(x) for x in args], {name: fn(x) for name, x in kwargs.items()}
+
+
+def _replacing(old: Tensor, new: Tensor) -> Callable[[Any], Any]:
+    return lambda value: new if value is old else value
+
+
 def _dense(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Inputs:
     """Contiguous tensors: the changed copy of one must not differ from it in its strides (a recompile)."""
-    values = [x.contiguous() if isinstance(x, Tensor) else x for x in (*args, *kwargs.values())]
-    return values[: len(args)], dict(zip(kwargs, values[len(args) :], strict=True))
+    return _mapped(lambda x: x.contiguous() if isinstance(x, Tensor) else x, args, kwargs)
 
 
-def _run_in_two_rows(
-    model: nn.Module, run: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> Inputs:
-    """Run once, a single row twice over: with one row alone, rows and tokens look the same."""
+def _in_two_rows(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Inputs | None:
+    """A single row twice over: with one row alone, rows and tokens look the same. None for more rows."""
     shape = _leading_shape(args, kwargs)
-    if shape is not None and shape[0] == 1:
-        values = [
-            x.repeat_interleave(2, 0) if isinstance(x, Tensor) and x.dim() >= 2 and x.shape[0] == 1 else x
-            for x in (*args, *kwargs.values())
-        ]
-        doubled = values[: len(args)], dict(zip(kwargs, values[len(args) :], strict=True))
-        # A model for one row at a time says so; then it is looked at with one.
-        with contextlib.suppress(Exception), _restored(model):
-            run(*doubled[0], **doubled[1])
-            return doubled
-    with _restored(model):
-        run(*args, **kwargs)
-    return args, kwargs
+    if shape is None or shape[0] != 1:
+        return None
+
+    def twice(x: Any) -> Any:
+        single = isinstance(x, Tensor) and x.dim() >= 2 and x.shape[0] == 1
+        return x.repeat_interleave(2, 0) if single else x
+
+    return _mapped(twice, args, kwargs)
 
 
 def probed_positions(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, ...]:
@@ -118,61 +128,57 @@ def probed_positions(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[in
 
 def with_other_token(args: Sequence[Any], kwargs: Mapping[str, Any], position: int) -> Inputs | None:
     """The same call with one token of row 0 changed, in the first sequence-shaped tensor."""
-    values: list[Any] = [*args, *kwargs.values()]
-    names: list[str | None] = [None] * len(args) + list(kwargs)
     # Ids and embeddings before masks and positions, whatever their order.
-    order = sorted(range(len(values)), key=lambda i: names[i] not in ("input_ids", "inputs_embeds"))
-    for i in order:
-        x = values[i]
-        if (
-            isinstance(x, Tensor)
-            and x.dim() >= 2
-            and x.shape[1] > 1
-            and not x.is_meta
-            and x.dtype != torch.bool
-        ):
-            x = x.clone()
-            if x.dtype.is_floating_point:
-                x[0, position] = -x[0, position] + 1
-            else:
-                # Ids stay inside the range that the inputs already use, if they use more than one.
-                others = x[x != x[0, position]]
-                x[0, position] = others[0] if others.numel() else (x[0, position] - 1).abs()
-            values[i] = x
-            return values[: len(args)], dict(zip(kwargs, values[len(args) :], strict=True))
+    first = [kwargs[n] for n in ("input_ids", "inputs_embeds") if n in kwargs]
+    for x in (*first, *args, *kwargs.values()):
+        if not isinstance(x, Tensor) or x.is_meta or x.dtype == torch.bool:
+            continue
+        if x.dim() < 2 or x.shape[1] < 2:
+            continue
+        other = x.clone()
+        if x.dtype.is_floating_point:
+            other[0, position] = -x[0, position] + 1
+        else:
+            # Ids stay inside the range that the inputs already use, if they use more than one.
+            unlike = x[x != x[0, position]]
+            other[0, position] = unlike[0] if unlike.numel() else (x[0, position] - 1).abs()
+        return _mapped(_replacing(x, other), args, kwargs)
     return None
 
 
 @contextlib.contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
-    """Buffers and random numbers as before: a model with a memory would tell its runs apart by it."""
-    before = {buffer: buffer.clone() for buffer in model.buffers() if not buffer.is_meta}
-    versions = {buffer: _version(buffer) for buffer in before}
-    with torch.random.fork_rng(devices=[]):
-        try:
-            yield
-        finally:
-            for buffer, value in before.items():
-                if versions[buffer] != _version(buffer) or buffer.is_inference():
-                    buffer.copy_(value)
+def _quiet(model: nn.Module) -> Iterator[Callable[[], None]]:
+    """Evaluation mode while the model is looked at; gives what puts its memory back between the runs.
+
+    That is buffers and random numbers: a model with a memory would tell its runs apart by it.
+    """
+    training = {m for m in model.modules() if m.training}
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
+    versions = [_version(buffer) for buffer, _ in buffers]
+    random = torch.get_rng_state()
+
+    def restore() -> None:
+        torch.set_rng_state(random)
+        for i, (buffer, value) in enumerate(buffers):
+            # Only what was written: a state is bound to the version of quantised weights, which are buffers.
+            if buffer.is_inference() or versions[i] != _version(buffer):
+                buffer.copy_(value)
+                versions[i] = _version(buffer)
+
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield restore
+    finally:
+        with torch.no_grad():
+            restore()
+        for m in model.modules():
+            m.training = m in training
 
 
 def _version(buffer: Tensor) -> int:
     """How often a tensor was written; inference tensors do not count."""
     return 0 if buffer.is_inference() else buffer._version
-
-
-@contextlib.contextmanager
-def _quiet(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and untouched random state while the model is looked at."""
-    training = {m for m in model.modules() if m.training}
-    model.eval()
-    with torch.random.fork_rng(devices=[]):
-        try:
-            yield
-        finally:
-            for m in model.modules():
-                m.training = m in training
 
 
 def find_sites(net: nn.Module, *args: Any, **kwargs: Any) -> tuple[FoundMLP, ...]:

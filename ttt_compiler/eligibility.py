@@ -82,6 +82,11 @@ def _nothing_found(model: nn.Module, found: Discovery) -> str:
     config = TTTConfig()
     lines += [f"  {m.weight}: {why_not(model, config, m, found)}" for m in found.mlps]
     lines += [f"  {name or '<unnamed>'}: {reason}" for name, reason in found.rejections]
+    if found.graphs > 1:
+        lines.append(
+            "Graph breaks cut the model, and may cut an MLP in two: torch.compile(model, fullgraph=True) "
+            "shows where"
+        )
     lines.append(
         "An MLP is a projection D -> F, a nonlinearity, and a projection F -> D into the residual stream"
     )

@@ -32,7 +32,7 @@ from ttt_compiler.errors import UnsupportedModelError
 from ttt_compiler.passes.find_mlps import MLPSite, find_mlps
 from ttt_compiler.passes.graph import GraphView
 from ttt_compiler.passes.pipeline import run_pipeline
-from ttt_compiler.runtime.root import REWRITTEN
+from ttt_compiler.runtime.root import REWRITTEN, require_padding_mask
 from ttt_compiler.spec import SiteSpec
 
 
@@ -59,6 +59,7 @@ def rewrite(
         NoMLPFoundError, LayerSelectionError, NonCausalModelError: as :func:`ttt_compiler.convert`.
         UnsupportedModelError: the graph has no shapes and no example inputs were given.
         GraphRewriteError: a site cannot be rewritten.
+        PositionError: an ``attention_mask`` of two dimensions that does not mark padding.
     """
     config = TTTConfig() if config is None else config
     if is_exported(graph):
@@ -166,12 +167,16 @@ class _Inputs:
 
     def positions(self, graph: fx.Graph) -> fx.Node | None:
         """Position ids, negative where a 2-D attention mask is 0; None when the graph has neither."""
-        pos, mask = (self._named(n, (1, 2)) for n in ("position_ids", "attention_mask"))
+        pos, mask = self._named("position_ids", (1, 2)), self._named("attention_mask", (1, 2))
         value = None if pos is None else meta_tensor(pos)
         if pos is not None and value is not None and value.dim() == 1:
             pos = graph.call_method("unsqueeze", (pos, 0))
         if mask is None:
             return pos
+        padding_mask, tokens = meta_tensor(mask), self.tokens()
+        rows = None if tokens is None else meta_tensor(tokens)
+        if padding_mask is not None and padding_mask.dim() == 2 and rows is not None:
+            require_padding_mask(padding_mask, rows)
         mask = graph.call_method("long", (mask,))
         if pos is None:
             counted = graph.call_method("cumsum", (mask, -1))

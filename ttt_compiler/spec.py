@@ -79,11 +79,6 @@ class SiteSpec:
         return self.weight.removeprefix(f"{self.module}.") if self.module else self.weight
 
     @property
-    def use(self) -> int:
-        """Which place of those that share the weight, in the order of the forward pass."""
-        return int(self.key.partition(_USE)[2] or 0)
-
-    @property
     def conv_name(self) -> str:
         """Name of the added convolution on ``module``."""
         return CONV + self._suffix

@@ -73,6 +73,10 @@ class Recorder:
         pairs = zip(placeholders, values, strict=True)
         return {n: self.names[id(x)] for n, x in pairs if id(x) in self.names}
 
+    def forget(self) -> None:
+        """Drop the runs so far: what failed half-way would count every place of a weight again."""
+        self.first.clear()
+
     def start_run(self, position: int) -> None:
         """What runs from here on has another token at ``position`` of its first row."""
         self.others.append((position, []))

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from torch import fx
 
 from .graph import GraphView, flat_nodes
-from .op_classes import OpClass
+from .op_classes import PERMUTING, OpClass
+from .tokens import permutation
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,10 +212,7 @@ def _count_transposes(view: GraphView, weight: fx.Node) -> int:
     swaps = 0
     node = weight
     while node.op not in ("placeholder", "get_attr") and view.inputs(node):
-        name = view.name(node)
-        if name in ("t", "T", "mT", "H", "adjoint"):
-            swaps += 1
-        elif name in ("transpose", "permute", "movedim"):
+        if view.name(node) in PERMUTING:
             swaps += _swaps_last_two(view, node)
         candidates = [i for i in view.inputs(node) if len(view.shape(i) or ()) >= 2]
         if not candidates:
@@ -224,14 +222,5 @@ def _count_transposes(view: GraphView, weight: fx.Node) -> int:
 
 
 def _swaps_last_two(view: GraphView, node: fx.Node) -> bool:
-    rank = len(view.shape(node) or ())
-    axes = [a for a in node.args[1:] if isinstance(a, int)]
-    if not axes and len(node.args) > 1 and isinstance(node.args[1], (list, tuple)):
-        axes = [a for a in node.args[1] if isinstance(a, int)]
-    axes += [a for a in node.kwargs.values() if isinstance(a, int)]
-    if rank < 2 or not axes:
-        return rank == 2
-    wrapped = [a % rank for a in axes]
-    if view.name(node) == "permute":
-        return wrapped[-2:] == [rank - 1, rank - 2]
-    return sorted(wrapped) == [rank - 2, rank - 1]
+    rank, order = len(view.shape(node) or ()), permutation(view, node)
+    return rank == 2 if order is None else order[-2:] == (rank - 1, rank - 2)

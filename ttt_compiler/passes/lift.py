@@ -9,6 +9,8 @@ from __future__ import annotations
 from torch import fx
 
 from ttt_compiler.errors import GraphRewriteError
+from ttt_compiler.passes.bodies import bodies
+from ttt_compiler.passes.op_classes import higher_order_name
 
 _LIFTABLE = ("tag_activation_checkpoint",)
 
@@ -38,8 +40,8 @@ class Lifter:
         return self._lifted[body, value]
 
     def _lift(self, body: fx.GraphModule, value: fx.Node, key: str) -> fx.Node:
-        callers = [n for n in self._top.graph.nodes if body in self._bodies(n)]
-        names = [str(getattr(n.target, "__name__", n.target)) for n in callers]
+        callers = [n for n in self._top.graph.nodes if body in _called_by(self._top, n)]
+        names = [str(higher_order_name(n)) for n in callers]
         if len(names) != 1 or names[0] not in _LIFTABLE:
             raise GraphRewriteError(
                 f"{key}: it lies in a nested region ({', '.join(names) or 'of another region'}) that cannot "
@@ -54,7 +56,6 @@ class Lifter:
         operand.meta = {k: v for k, v in value.meta.items() if k in ("example_value", "val")}
         return operand
 
-    def _bodies(self, node: fx.Node) -> list[object]:
-        """The graphs that a node of the outermost graph names among its operands."""
-        names = [a for a in node.args if isinstance(a, fx.Node) and a.op == "get_attr"]
-        return [getattr(self._top, str(a.target), None) for a in names] if node.op == "call_function" else []
+
+def _called_by(gm: fx.GraphModule, node: fx.Node) -> list[fx.GraphModule]:
+    return [body.graph_module for body in bodies(gm, node)]

@@ -15,6 +15,15 @@ from .op_classes import OpClass, is_affine
 
 _DEPTH = 12
 _CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "convolution")
+# What may stand between the convolutions of one MLP.
+_BETWEEN = (
+    OpClass.POINTWISE,
+    OpClass.VIEW,
+    OpClass.CAST,
+    OpClass.DROPOUT,
+    OpClass.NORM,
+    OpClass.SPLIT,
+)
 # nn.TransformerEncoderLayer in eval mode is one operation that contains its MLP.
 _FUSED_ENCODER_LAYER = "_transformer_encoder_layer_fwd"
 _FUSED_ENCODER_REASON = (
@@ -76,15 +85,7 @@ def _is_down_convolution(view: GraphView, node: fx.Node) -> bool:
             up = view.shape(_weight(current)) or ()
             return active and up[1] == shape[0]
         op_class, inputs = view.op_class(current), view.data_inputs(current)
-        through = (
-            OpClass.POINTWISE,
-            OpClass.VIEW,
-            OpClass.CAST,
-            OpClass.DROPOUT,
-            OpClass.NORM,
-            OpClass.SPLIT,
-        )
-        if op_class not in through or not inputs:
+        if op_class not in _BETWEEN or not inputs:
             return False
         gated = view.name(current) in ("mul", "glu") and len(inputs) > 1
         active |= op_class is OpClass.POINTWISE and (gated or not is_affine(view.name(current)))

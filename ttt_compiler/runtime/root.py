@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ttt_compiler.compat import visible_mlps
+from ttt_compiler.compat import size_hint, visible_mlps
 from ttt_compiler.config import TTTConfig
 from ttt_compiler.errors import (
     CacheError,
@@ -81,8 +81,12 @@ class Root:
 
     def new_state(self, batch: int) -> FastWeightState:
         """State of ``batch`` sequences that have not begun, on the model's device."""
-        conv = self.parameters(self.specs[0])[0]
-        return FastWeightState.zeros(self.specs, batch, conv.dtype, conv.device, self.owner())
+        like = self.like(self.specs[0])
+        return FastWeightState.zeros(self.specs, batch, like.dtype, like.device, self.owner())
+
+    def like(self, spec: SiteSpec) -> Tensor:
+        """A tensor with the dtype and device of a site's activations; its weight may be quantised."""
+        return self.parameters(spec)[0]
 
     def weight(self, spec: SiteSpec) -> Tensor:
         """W0 of a site as ``[D, F]``.
@@ -190,18 +194,11 @@ class Root:
             PositionError: a 2-D mask of another meaning.
         """
         mask, rows = self.argument("attention_mask", args, kwargs), self._rows(args, kwargs)
-        if not isinstance(mask, Tensor) or mask.dim() != 2 or rows is None:
-            return
-        fits = mask.shape[0] in (1, rows.shape[0]) and mask.shape[1] >= rows.shape[1]
-        if mask.is_floating_point() or not fits:
-            raise PositionError(
-                f"attention_mask {list(mask.shape)} of {mask.dtype}: a mask of two dimensions says which "
-                f"tokens are padding, 1 or 0 for each of [batch, tokens] = {list(rows.shape[:2])}. Pass "
-                "another kind of mask with four dimensions, [batch, 1, tokens, tokens]"
-            )
+        if isinstance(mask, Tensor) and mask.dim() == 2 and rows is not None:
+            require_padding_mask(mask, rows)
 
     def _check(self, state: FastWeightState, batch: int) -> None:
-        check_fits(state, self.specs, batch, self.parameters(self.specs[0])[0], self.owner())
+        check_fits(state, self.specs, batch, self.like(self.specs[0]), self.owner())
 
     def kind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[object, ...]:
         """What a call looks like apart from its sizes; calls of one kind share compiled code."""
@@ -287,6 +284,22 @@ class Root:
             # A running state knows where its document began; without one the first real token begins it.
             pos = mask.long().cumsum(-1) - 1 if state is None else torch.ones_like(mask, dtype=torch.int64)
         return torch.where(mask == 0, -1, pos)
+
+
+def require_padding_mask(mask: Tensor, rows: Tensor) -> None:
+    """Raise unless a mask of two dimensions marks padding; fake tensors will do.
+
+    Raises:
+        PositionError: it is additive, or of another shape than the tokens of ``rows [B, T, ..]``.
+    """
+    given, wanted = ([size_hint(d) for d in x.shape[:2]] for x in (mask, rows))
+    fits = given[0] in (1, wanted[0]) and given[1] >= wanted[1]
+    if mask.is_floating_point() or not fits:
+        raise PositionError(
+            f"attention_mask {given} of {mask.dtype}: a mask of two dimensions says which "
+            f"tokens are padding, 1 or 0 for each of [batch, tokens] = {wanted}. Pass another kind "
+            "of mask with four dimensions, [batch, 1, tokens, tokens]"
+        )
 
 
 def unwrap(model: nn.Module) -> nn.Module:

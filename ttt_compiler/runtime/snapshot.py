@@ -50,7 +50,7 @@ def load(
     tensors, header = read_tensors(path, SnapshotError)
     _check_header(header, path, model, root)
     batch = header["batch_size"]
-    dtype = root.weight(root.specs[0]).dtype
+    dtype = root.like(root.specs[0]).dtype
     fast = {k: v for k, v in tensors.items() if k.startswith("fast.")}
     expected: dict[str, tuple[tuple[int, ...], Any]] = {}
     for spec in root.specs:
@@ -60,7 +60,7 @@ def load(
             expected[f"fast.{spec.key}.{name}"] = ((batch, *x.shape[1:]), x.dtype)
     expect_tensors(fast, expected, path, SnapshotError)
     sites = {
-        s.key: SiteState(*(fast[f"fast.{s.key}.{n}"].to(root.weight(s).device) for n in TENSORS))
+        s.key: SiteState(*(fast[f"fast.{s.key}.{n}"].to(root.like(s).device) for n in TENSORS))
         for s in root.specs
     }
     for spec in root.specs:
