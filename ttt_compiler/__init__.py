@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ttt_compiler.official import to_official as to_official
     from ttt_compiler.report import explain as explain
     from ttt_compiler.runtime.session import Session as Session
+    from ttt_compiler.runtime.stats import stats as stats
 
 __version__ = "0.1.0"
 
@@ -39,6 +40,7 @@ _HOME = {
     "revert": "conversion",
     "rewrite": "graphs",
     "save_adapter": "adapter",
+    "stats": "runtime.stats",
     "to_official": "official",
 }
 
@@ -55,6 +57,7 @@ __all__ = [
     "revert",
     "rewrite",
     "save_adapter",
+    "stats",
     "to_official",
 ]
 

@@ -176,15 +176,16 @@ def bind(
             assert root is not None, "convert records a root"
         converted = True
         _check_same(module, root, config)
-        kwargs, stateful = root.prepare(args, kwargs)
-        token = _current.set((module, root))
-        try:
-            with call_mode(stateful):
-                return run(root.kind(args, kwargs), args, kwargs)
-        finally:
-            _current.reset(token)
-            # An error between two captured parts must not leave this call's state to the next one.
-            root.leave()
+        with root.lock:
+            kwargs, stateful = root.prepare(args, kwargs)
+            token = _current.set((module, root))
+            try:
+                with root.running(args, kwargs), call_mode(stateful):
+                    return run(root.kind(args, kwargs), args, kwargs)
+            finally:
+                _current.reset(token)
+                # An error between two captured parts must not leave this call's state to the next one.
+                root.leave()
 
     setattr(entry, ENTRY, True)
     return entry

@@ -14,12 +14,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from ttt_compiler.errors import ConfigError
+from ttt_compiler.spec import WriteRule
 
 VERSION = 1
 TARGETS = ("hidden_states", "input_embed")
 _EVERY = re.compile(r"every:(\d+)(?:\+(\d+))?")
 
 EXPERTS = ("shared", "none")
+KEYS = (None, "unit", "mean")
+NONFINITE = ("raise", "skip")
 
 # A function gets one :class:`ttt_compiler.discovery.found.FoundMLP` and says whether to choose it.
 Layers = str | tuple[int, ...] | tuple[str, ...] | Callable[[Any], bool]
@@ -41,6 +44,13 @@ class TTTConfig:
         conv_kernel: taps of the depthwise convolution; odd, centred on the token.
         experts: what becomes of mixtures of experts: ``"shared"`` lets ``layers`` choose experts that see
             every token, ``"none"`` leaves them alone. Routed experts are always left alone.
+        normalize_keys: None writes with h itself (the official rule), ``"unit"`` with h scaled to unit norm
+            per token, ``"mean"`` with h / C, so that a write is a mean over its tokens.
+        max_write_norm: largest Frobenius norm of one chunk's write; a larger write is scaled down to it.
+        max_write_ratio: the same, in units of ``||W0||_F``. The smaller of both limits holds.
+        decay: gamma in ``W_{i+1} = W0 + gamma (W_i - W0) + write``, above 0 and at most 1 (never forgets).
+        on_nonfinite: what happens to a chunk that would write NaN or Inf: ``"raise"`` an error, or
+            ``"skip"`` its write and count it (see ``ttt.stats``).
     """
 
     layers: Layers = "every:6"
@@ -50,6 +60,11 @@ class TTTConfig:
     proj: bool = True
     conv_kernel: int = 5
     experts: str = "shared"
+    normalize_keys: str | None = None
+    max_write_norm: float | None = None
+    max_write_ratio: float | None = None
+    decay: float = 1.0
+    on_nonfinite: str = "raise"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", _checked_layers(self.layers))
@@ -59,9 +74,7 @@ class TTTConfig:
             raise ConfigError(
                 f"conv_kernel={self.conv_kernel} must be odd: the taps are centred on the token"
             )
-        if isinstance(self.lr, bool) or not isinstance(self.lr, (int, float)) or self.lr != self.lr:
-            raise ConfigError(f"lr={self.lr!r} must be a finite number")
-        if abs(self.lr) == float("inf"):
+        if not _is_number(self.lr) or not abs(self.lr) < float("inf"):
             raise ConfigError(f"lr={self.lr!r} must be a finite number")
         object.__setattr__(self, "lr", float(self.lr))
         if self.target not in TARGETS:
@@ -73,6 +86,38 @@ class TTTConfig:
             )
         if not isinstance(self.proj, bool):
             raise ConfigError(f"proj={self.proj!r} must be True or False")
+        self._check_controls()
+
+    def _check_controls(self) -> None:
+        if self.normalize_keys not in KEYS:
+            raise ConfigError(
+                f"normalize_keys={self.normalize_keys!r} must be one of {', '.join(map(repr, KEYS))}"
+            )
+        if self.on_nonfinite not in NONFINITE:
+            raise ConfigError(
+                f"on_nonfinite={self.on_nonfinite!r} must be one of {', '.join(map(repr, NONFINITE))}"
+            )
+        for name in ("max_write_norm", "max_write_ratio"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if not _is_number(value) or not 0.0 < value < float("inf"):
+                raise ConfigError(f"{name}={value!r} must be a positive number, or None for no limit")
+            object.__setattr__(self, name, float(value))
+        if not _is_number(self.decay) or not 0.0 < self.decay <= 1.0:
+            raise ConfigError(f"decay={self.decay!r} must be above 0 and at most 1; 1 never forgets")
+        object.__setattr__(self, "decay", float(self.decay))
+
+    @property
+    def rule(self) -> WriteRule:
+        """The update controls, as the sites carry them."""
+        return WriteRule(
+            keys=self.normalize_keys or "",
+            max_norm=self.max_write_norm,
+            max_ratio=self.max_write_ratio,
+            decay=self.decay,
+            on_nonfinite=self.on_nonfinite,
+        )
 
     @classmethod
     def field_names(cls) -> tuple[str, ...]:
@@ -129,6 +174,10 @@ def check_keys(given: Mapping[str, Any], valid: Sequence[str], *, what: str) -> 
             close = difflib.get_close_matches(str(key), valid, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise ConfigError(f"unknown {what} {key!r}.{hint} Valid: {', '.join(valid)}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _check_int(name: str, value: object, *, minimum: int) -> None:

@@ -30,6 +30,7 @@ from ttt_compiler.errors import (
     UnsupportedModelError,
 )
 from ttt_compiler.runtime.root import (
+    DOCUMENTS_ARGUMENT,
     NAME,
     REWRITTEN,
     STATE_ARGUMENT,
@@ -263,6 +264,7 @@ def site_specs(config: TTTConfig, mlp: FoundMLP, found: Discovery, model: nn.Mod
         time_major=mlp.time_major,
         derived=mlp.derived,
         inner=_inner(model, mlp.weight),
+        rule=config.rule,
     )
     seen: Counter[str] = Counter()
     specs = []
@@ -318,17 +320,19 @@ def _install(model: nn.Module, root: Root) -> None:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         here: Root = self.__dict__[NAME]
         if not torch.compiler.is_compiling():
-            kwargs, stateful = here.prepare(args, kwargs)
-            with call_mode(stateful):
-                try:
-                    return run(self, here, args, kwargs)
-                finally:
-                    here.leave()
+            with here.lock:
+                kwargs, stateful = here.prepare(args, kwargs)
+                with here.running(args, kwargs), call_mode(stateful):
+                    try:
+                        return run(self, here, args, kwargs)
+                    finally:
+                        here.leave()
         return run(self, here, args, kwargs)
 
     def run(self: nn.Module, here: Root, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not here.context.enabled:
             kwargs.pop(STATE_ARGUMENT, None)
+            kwargs.pop(DOCUMENTS_ARGUMENT, None)
             return inner(self, *args, **kwargs)
         here.enter(self, args, kwargs)
         out = inner(self, *args, **kwargs)

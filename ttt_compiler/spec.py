@@ -19,6 +19,30 @@ _USE = "@"
 
 
 @dataclass(frozen=True)
+class WriteRule:
+    """How a complete chunk's ``eta v^T h`` becomes a change of W. The defaults are the official rule.
+
+    Attributes:
+        keys: ``""`` writes with h itself, ``"unit"`` with its rows at unit norm, ``"mean"`` with h / C.
+        max_norm: largest Frobenius norm of one write; a larger one is scaled down to it.
+        max_ratio: the same, in units of ``||W0||_F``.
+        decay: gamma in ``W_{i+1} = W0 + gamma (W_i - W0) + write``.
+        on_nonfinite: what a chunk with NaN or Inf does: ``"raise"``, or ``"skip"`` its write.
+    """
+
+    keys: str = ""
+    max_norm: float | None = None
+    max_ratio: float | None = None
+    decay: float = 1.0
+    on_nonfinite: str = "raise"
+
+    @property
+    def limited(self) -> bool:
+        """Whether a write's norm must be known."""
+        return self.max_norm is not None or self.max_ratio is not None
+
+
+@dataclass(frozen=True)
 class SiteSpec:
     """One fast-weight site: one place where one weight is applied.
 
@@ -40,6 +64,7 @@ class SiteSpec:
         inner: for a weight that wraps other tensors, the path to a plain one in it; custom ops take no
             wrappers.
         call: which call of ``module``, within one call of the model, applies the weight here.
+        rule: how writes are controlled.
     """
 
     key: str
@@ -56,6 +81,7 @@ class SiteSpec:
     derived: bool = False
     inner: str = ""
     call: int = 0
+    rule: WriteRule = WriteRule()
 
     def encode(self) -> str:
         """Canonical string form: equal specs give equal strings."""
@@ -66,6 +92,7 @@ class SiteSpec:
         """Inverse of :meth:`encode`; files written before sites named their module are read too."""
         fields: dict[str, Any] = json.loads(text)
         fields.setdefault("module", str(fields.get("key", "")).rpartition(".")[0])
+        fields["rule"] = WriteRule(**fields.get("rule", {}))
         return cls(**fields)
 
     @property
@@ -77,6 +104,11 @@ class SiteSpec:
     def weight_in_module(self) -> str:
         """The weight's name as seen from ``module``."""
         return self.weight.removeprefix(f"{self.module}.") if self.module else self.weight
+
+    @property
+    def write_scale(self) -> float:
+        """What v is multiplied by before it is written: eta, over C when keys are a mean."""
+        return self.lr / self.chunk if self.rule.keys == "mean" else self.lr
 
     @property
     def conv_name(self) -> str:

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from tests.tolerances import FP64, assert_within_budget, relative_error
 from ttt_compiler.codegen import ops, reference  # noqa: F401
-from ttt_compiler.codegen.cpu import gemm
+from ttt_compiler.codegen.layout import WRITES
 from ttt_compiler.errors import NonFiniteWriteError, NotCompiledError, PositionError
+from ttt_compiler.runtime.state import FastWeightState
 from ttt_compiler.spec import SiteSpec
 
 B, F, D, C, K, LR = 3, 12, 8, 5, 5, 0.3
@@ -38,14 +39,14 @@ def stateless(h, t, w0, conv, proj, bias, pos, chunk=C):
     return torch.ops.ttt.chunk_scan(h, v, w0, bias, pos, chunk)
 
 
-def state(dtype=torch.float64, chunk=C, batch=B):
+def state(dtype=torch.float64, chunk=C, batch=B, revocable=0):
     """Poisoned: nothing may be read before it is written."""
-    return (
-        torch.full((batch, D, F), float("nan"), dtype=gemm.state_dtype(dtype)),
-        torch.full((batch, chunk, F), float("nan"), dtype=dtype),
-        torch.full((batch, chunk, D), float("nan"), dtype=dtype),
-        torch.zeros(batch, 2, dtype=torch.int64),
-    )
+    one = SiteSpec.decode(spec(chunk))
+    made = FastWeightState.zeros([one], batch, dtype, torch.device("cpu"), revocable=revocable)
+    site = made.sites[one.key]
+    for x in (site.w, site.tail_h, site.tail_t, site.tail_v):
+        x.fill_(float("nan"))
+    return (*site, made.batch)
 
 
 def spec(chunk=C, lr=LR):
@@ -126,7 +127,7 @@ def test_final_weight_and_counters():
     for b in range(B):
         w = reference.chunked(h[b], t[b], w0, conv, proj, LR, C)[1]
         assert relative_error(s[0][b], w) < FP64
-    assert s[3].tolist() == [[23, 4]] * B
+    assert [row[: WRITES + 1] for row in s[5].tolist()] == [[23, 4, 4]] * B
 
 
 def test_padding_may_interrupt_a_running_document_but_not_a_stateless_one():
@@ -203,7 +204,7 @@ def test_fp16_writes_do_not_overflow_on_the_way_to_fp32():
 def test_marker_refuses_to_run():
     h, _, w0, conv, proj, _ = problem()
     with pytest.raises(NotCompiledError, match=r'model\.compile\(backend="inplace_ttt"\)'):
-        torch.ops.ttt.site(h, w0, spec(), conv, proj, None, None, None, None, None, None)
+        torch.ops.ttt.site(h, w0, spec(), conv, proj, *[None] * 10)
 
 
 @pytest.mark.parametrize("pos", [None, positions()], ids=["whole", "documents"])
@@ -220,5 +221,5 @@ def test_opcheck(pos):
         (v.detach(), h.detach(), v.detach(), w0.detach(), pos, C),
     )
     plain = [x.detach() for x in (h, t, w0, bias, conv, proj)]
-    s = [torch.zeros_like(x) for x in state()]
+    s = [x.nan_to_num() for x in state()]
     check(torch.ops.ttt.fast_weight_step.default, (*plain, pos, spec(), *s))

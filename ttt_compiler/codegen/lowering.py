@@ -39,6 +39,8 @@ def chunk_scan_out(
     w0: Tensor,
     *optional: Tensor,
     chunk: int,
+    decay: float,
+    on_nonfinite: str,
     has_bias: bool,
     has_pos: bool,
     out: Tensor,
@@ -47,22 +49,37 @@ def chunk_scan_out(
     rest = list(optional)
     bias = rest.pop(0) if has_bias else None
     pos = rest.pop(0) if has_pos else None
-    return cpu_scan.chunk_scan(h, v, w0, bias, pos, chunk, out=out)
+    return cpu_scan.chunk_scan(h, v, w0, bias, pos, chunk, decay, on_nonfinite, out=out)
 
 
 _scan_kernel = ExternKernelChoice(chunk_scan_out, name="ttt_chunk_scan")
 
 
 @register_lowering(_scan_op, type_promotion_kind=None)
-def _lower_chunk_scan(h: Any, v: Any, w0: Any, bias: Any, pos: Any, chunk: int) -> Any:
+def _lower_chunk_scan(
+    h: Any,
+    v: Any,
+    w0: Any,
+    bias: Any,
+    pos: Any,
+    chunk: int,
+    decay: float = 1.0,
+    on_nonfinite: str = "raise",
+) -> Any:
     if h.get_device().type != "cpu":
-        return _scan_fallback(h, v, w0, bias, pos, chunk)
+        return _scan_fallback(h, v, w0, bias, pos, chunk, decay, on_nonfinite)
     h, v = (ir.ExternKernel.require_contiguous(x) for x in (h, v))
     inputs = [ir.ExternKernel.realize_input(x) for x in (h, v, w0, bias, pos) if x is not None]
     batch, length, _ = h.get_size()
     layout = ir.FixedLayout(h.get_device(), h.get_dtype(), [batch, length, w0.get_size()[0]])
     choice = _scan_kernel.bind(
-        inputs, layout, chunk=chunk, has_bias=bias is not None, has_pos=pos is not None
+        inputs,
+        layout,
+        chunk=chunk,
+        decay=decay,
+        on_nonfinite=on_nonfinite,
+        has_bias=bias is not None,
+        has_pos=pos is not None,
     )
     return choice.output_node()
 

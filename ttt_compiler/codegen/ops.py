@@ -4,7 +4,8 @@
   only exists to carry parameters, positions and state into the captured graph, and names the weight by
   being given it; the rewrite pass removes it. Running it means that the model is not compiled with our
   backend, so its kernel raises. It returns its first argument.
-- ``ttt::chunk_conv``, ``ttt::chunk_scan`` (+ their backward ops): the stateless, differentiable form.
+- ``ttt::chunk_conv``, ``ttt::limit_writes``, ``ttt::chunk_scan`` (+ their backward ops): the stateless,
+  differentiable form.
 - ``ttt::fast_weight_step``: the stateful form; mutates the running sequence's tensors.
 
 May be changed here: schemas, together with the rewrite pass. Importing this registers the ops; it imports
@@ -13,14 +14,18 @@ no kernel toolchain.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ttt_compiler.codegen.cpu import controls as cpu_controls
 from ttt_compiler.codegen.cpu import conv as cpu_conv
 from ttt_compiler.codegen.cpu import scan as cpu_scan
 from ttt_compiler.codegen.cpu import step as cpu_step
+from ttt_compiler.codegen.cpu.gemm import state_dtype
+from ttt_compiler.codegen.layout import StateTensors
 from ttt_compiler.errors import NotCompiledError, UnsupportedDeviceError
 from ttt_compiler.spec import SiteSpec
 
@@ -28,23 +33,37 @@ _lib = torch.library.Library("ttt", "DEF")
 
 _lib.define(
     "site(Tensor x, Tensor weight, str spec, Tensor conv, Tensor? proj, Tensor? tokens, Tensor? pos, "
-    "Tensor? w, Tensor? tail_h, Tensor? tail_t, Tensor? counts) -> Tensor"
+    "Tensor? w, Tensor? tail_h, Tensor? tail_t, Tensor? tail_v, Tensor? lanes, Tensor? rows, Tensor? norms, "
+    "Tensor? batch) -> Tensor"
 )
 _lib.define("chunk_conv(Tensor t, Tensor conv, Tensor? pos, int chunk) -> Tensor")
 _lib.define("chunk_conv_dweight(Tensor dv, Tensor t, Tensor? pos, int chunk, int kernel) -> Tensor")
-_lib.define("chunk_scan(Tensor h, Tensor v, Tensor w0, Tensor? bias, Tensor? pos, int chunk) -> Tensor")
 _lib.define(
-    "chunk_scan_backward(Tensor dy, Tensor h, Tensor v, Tensor w0, Tensor? pos, int chunk) "
-    "-> (Tensor, Tensor, Tensor)"
+    "limit_writes(Tensor v, Tensor h, Tensor? limit, Tensor? pos, int chunk, bool unit_keys) -> Tensor"
+)
+_lib.define(
+    "limit_writes_backward(Tensor grad, Tensor v, Tensor h, Tensor? limit, Tensor? pos, int chunk, "
+    "bool unit_keys) -> (Tensor, Tensor, Tensor)"
+)
+_lib.define(
+    "chunk_scan(Tensor h, Tensor v, Tensor w0, Tensor? bias, Tensor? pos, int chunk, float decay=1.0, "
+    "str on_nonfinite='raise') -> Tensor"
+)
+_lib.define(
+    "chunk_scan_backward(Tensor dy, Tensor h, Tensor v, Tensor w0, Tensor? pos, int chunk, float decay=1.0, "
+    "str on_nonfinite='raise') -> (Tensor, Tensor, Tensor)"
 )
 _lib.define(
     "fast_weight_step(Tensor h, Tensor t, Tensor w0, Tensor? bias, Tensor conv, Tensor? proj, Tensor? pos, "
-    "str spec, Tensor(a!) w, Tensor(b!) tail_h, Tensor(c!) tail_t, Tensor(d!) counts) -> Tensor"
+    "str spec, Tensor(a!) w, Tensor(b!) tail_h, Tensor(c!) tail_t, Tensor(d!) tail_v, Tensor(e!) lanes, "
+    "Tensor(f!) rows, Tensor(g!) norms, Tensor batch) -> Tensor"
 )
 
 KERNEL_OPS = (
     "chunk_conv",
     "chunk_conv_dweight",
+    "limit_writes",
+    "limit_writes_backward",
     "chunk_scan",
     "chunk_scan_backward",
     "fast_weight_step",
@@ -72,16 +91,24 @@ def _fast_weight_step(
     w: Tensor,
     tail_h: Tensor,
     tail_t: Tensor,
-    counts: Tensor,
+    tail_v: Tensor,
+    lanes: Tensor,
+    rows: Tensor,
+    norms: Tensor,
+    batch: Tensor,
 ) -> Tensor:
-    return cpu_step.fast_weight_step(
-        h, t, w0, bias, conv, proj, pos, SiteSpec.decode(spec), w, tail_h, tail_t, counts
-    )
+    state = StateTensors(w, tail_h, tail_t, tail_v, lanes, rows, norms)
+    return cpu_step.fast_weight_step(h, t, w0, bias, conv, proj, pos, _decoded(spec), state, batch)
+
+
+_decoded = functools.lru_cache(maxsize=4096)(SiteSpec.decode)
 
 
 _lib.impl("site", _site, "CompositeExplicitAutograd")
 _lib.impl("chunk_conv", cpu_conv.chunk_conv, "CPU")
 _lib.impl("chunk_conv_dweight", cpu_conv.chunk_conv_dweight, "CPU")
+_lib.impl("limit_writes", cpu_controls.limit_writes, "CPU")
+_lib.impl("limit_writes_backward", cpu_controls.limit_writes_backward, "CPU")
 _lib.impl("chunk_scan", cpu_scan.chunk_scan, "CPU")
 _lib.impl("chunk_scan_backward", cpu_scan.chunk_scan_backward, "CPU")
 _lib.impl("fast_weight_step", _fast_weight_step, "CPU")
@@ -115,17 +142,30 @@ def _(dv: Tensor, t: Tensor, pos: Tensor | None, chunk: int, kernel: int) -> Ten
     return t.new_empty(t.shape[-1], 1, kernel)
 
 
+@torch.library.register_fake("ttt::limit_writes", lib=_lib)
+def _(v: Tensor, h: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(v, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("ttt::limit_writes_backward", lib=_lib)
+def _(grad: Tensor, v: Tensor, h: Tensor, limit: Tensor | None, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    contiguous = torch.contiguous_format
+    return (
+        torch.empty_like(v, memory_format=contiguous),
+        torch.empty_like(h, memory_format=contiguous),
+        v.new_empty((), dtype=state_dtype(v.dtype) if limit is None else limit.dtype),
+    )
+
+
 @torch.library.register_fake("ttt::chunk_scan", lib=_lib)
-def _(h: Tensor, v: Tensor, w0: Tensor, bias: Tensor | None, pos: Tensor | None, chunk: int) -> Tensor:
+def _(h: Tensor, v: Tensor, w0: Tensor, *_: object) -> Tensor:
     torch._check(h.shape[-1] == w0.shape[1], lambda: "h and w0 disagree on F")
     torch._check(v.shape[-1] == w0.shape[0], lambda: "v and w0 disagree on D")
     return h.new_empty(h.shape[0], h.shape[1], w0.shape[0])
 
 
 @torch.library.register_fake("ttt::chunk_scan_backward", lib=_lib)
-def _(
-    dy: Tensor, h: Tensor, v: Tensor, w0: Tensor, pos: Tensor | None, chunk: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(dy: Tensor, h: Tensor, v: Tensor, w0: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
     contiguous = torch.contiguous_format
     return (
         torch.empty_like(h, memory_format=contiguous),
@@ -157,17 +197,28 @@ def _conv_backward(ctx: Any, dv: Tensor) -> tuple[Any, ...]:
 
 
 def _scan_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    h, v, w0, bias, pos, chunk = inputs
+    h, v, w0, bias, pos, *ctx.constants = inputs
     ctx.save_for_backward(h, v, w0, pos)
-    ctx.chunk = chunk
     ctx.has_bias = bias is not None
 
 
 def _scan_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     h, v, w0, pos = ctx.saved_tensors
-    dh, dv, dw0 = torch.ops.ttt.chunk_scan_backward(dy, h, v, w0, pos, ctx.chunk)
-    return dh, dv, dw0, dy.sum(dim=(0, 1)) if ctx.has_bias else None, None, None
+    dh, dv, dw0 = torch.ops.ttt.chunk_scan_backward(dy, h, v, w0, pos, *ctx.constants)
+    bias = dy.sum(dim=(0, 1)) if ctx.has_bias else None
+    return dh, dv, dw0, bias, None, *(None for _ in ctx.constants)
+
+
+def _limit_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    v, h, limit, pos, *ctx.constants = inputs
+    ctx.save_for_backward(v, h, limit, pos)
+
+
+def _limit_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    dv, dh, dlimit = torch.ops.ttt.limit_writes_backward(grad, *ctx.saved_tensors, *ctx.constants)
+    return dv, dh, dlimit if ctx.needs_input_grad[2] else None, None, None, None
 
 
 torch.library.register_autograd("ttt::chunk_conv", _conv_backward, setup_context=_conv_setup, lib=_lib)
+torch.library.register_autograd("ttt::limit_writes", _limit_backward, setup_context=_limit_setup, lib=_lib)
 torch.library.register_autograd("ttt::chunk_scan", _scan_backward, setup_context=_scan_setup, lib=_lib)

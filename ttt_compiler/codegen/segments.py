@@ -35,6 +35,8 @@ def row_runs(pos: Tensor | None, batch: int, length: int) -> list[list[Run]]:
         batch: B.
         length: T.
     """
+    if length == 0:
+        return [[] for _ in range(batch)]
     if pos is None:
         return [[Run(0, length, fresh=False, padding=False)]] * batch
     rows = [_runs(row, length) for row in pos.detach().cpu().unbind(0)]

@@ -14,9 +14,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from ttt_compiler.codegen.cpu.gemm import state_dtype
 from ttt_compiler.compat import is_wrapper_tensor, meta_tensor
+from ttt_compiler.errors import GraphRewriteError
 from ttt_compiler.passes.base import BoundSite, GraphPass, PassState
 from ttt_compiler.passes.sequence_layout import SequenceLayout
+from ttt_compiler.spec import WriteRule
 
 
 class RewriteFastWeights(GraphPass):
@@ -28,7 +31,8 @@ class RewriteFastWeights(GraphPass):
         """Returns the number of projections replaced.
 
         Raises:
-            GraphRewriteError: the hidden activation is not one row of features per token.
+            GraphRewriteError: the hidden activation is not one row of features per token, or an update
+                control needs what this layer does not have.
         """
         for site in state.sites:
             state.fast_nodes.append(_rewrite(site))
@@ -45,11 +49,16 @@ def _rewrite(site: BoundSite) -> fx.Node:
     out = meta_tensor(contraction)
     assert out is not None
     with graph.inserting_before(contraction):
-        b = _Builder(graph, out.dtype)
+        b = _Builder(graph, out.dtype, out.device)
         layout = SequenceLayout(site, graph)
         h, t = b.cast(layout.sequence(mlp.h)), b.cast(layout.sequence(site.target))
         keeps_base = not mlp.plain or is_wrapper_tensor(meta_tensor(mlp.weight_operand))
         bias = None
+        if keeps_base and spec.rule.max_ratio is not None:
+            raise GraphRewriteError(
+                f"{spec.key}: max_write_ratio is a share of the norm of W0, which this layer has only in "
+                "quantised or scaled form. Use max_write_norm"
+            )
         if keeps_base:
             # A quantised weight keeps its own kernel, an unusual contraction what else it does; the fast
             # weight is the delta upon it.
@@ -87,11 +96,31 @@ def _fast_node(
             *(h, t, w0, bias, conv, proj, site.pos, spec.encode(), *site.state),
         )
     v = b.call(torch.ops.ttt.chunk_conv.default, t, conv, site.pos, spec.chunk)
+    rule = spec.rule
     if proj is None:
-        v = b.call(operator.mul, v, spec.lr)
+        v = b.call(operator.mul, v, spec.write_scale)
     else:
-        v = b.call(torch.matmul, v, b.call(operator.mul, proj, spec.lr))
-    return b.call(torch.ops.ttt.chunk_scan.default, h, v, w0, bias, site.pos, spec.chunk)
+        v = b.call(torch.matmul, v, b.call(operator.mul, proj, spec.write_scale))
+    if rule.limited or rule.keys == "unit":
+        limit = _limit(b, w0, rule)
+        unit = rule.keys == "unit"
+        v = b.call(torch.ops.ttt.limit_writes.default, v, h, limit, site.pos, spec.chunk, unit)
+    controls = () if rule == WriteRule() else (rule.decay, rule.on_nonfinite)
+    return b.call(torch.ops.ttt.chunk_scan.default, h, v, w0, bias, site.pos, spec.chunk, *controls)
+
+
+def _limit(b: _Builder, w0: fx.Node, rule: WriteRule) -> fx.Node | None:
+    """The largest norm of a write, as a tensor: it may depend on the slow weight."""
+    dtype = state_dtype(b.dtype)
+    ratio = None
+    if rule.max_ratio is not None:
+        norm = b.call(torch.linalg.vector_norm, w0, dtype=dtype)
+        ratio = b.call(operator.mul, norm, rule.max_ratio)
+    if rule.max_norm is None:
+        return ratio
+    if ratio is not None:
+        return b.call(torch.clamp, ratio, max=rule.max_norm)
+    return b.call(torch.full, (), rule.max_norm, dtype=dtype, device=b.device)
 
 
 def _erase(marker: fx.Node) -> None:
@@ -104,9 +133,10 @@ def _erase(marker: fx.Node) -> None:
 class _Builder:
     """Creates nodes at the insertion point; casts operands to the contraction's dtype (autocast)."""
 
-    def __init__(self, graph: fx.Graph, dtype: torch.dtype) -> None:
+    def __init__(self, graph: fx.Graph, dtype: torch.dtype, device: torch.device) -> None:
         self.graph = graph
         self.dtype = dtype
+        self.device = device
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         return self.graph.call_function(target, args, kwargs)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -35,6 +36,28 @@ NAME = "_ttt_root"
 # Marks a graph module of ``ttt.rewrite``: its sites are in the graph already.
 REWRITTEN = "_ttt_rewritten"
 STATE_ARGUMENT = "ttt_state"
+# Where packed documents start: ours for any model, and the names under which models take them.
+DOCUMENTS_ARGUMENT = "ttt_cu_seqlens"
+_CU_SEQLENS = (DOCUMENTS_ARGUMENT, "cu_seqlens", "cu_seq_lens_q")
+
+
+class CallLock:
+    """Calls of one model run one after another; a copy of the model has a lock of its own."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def __deepcopy__(self, memo: object) -> CallLock:
+        return CallLock()
+
+    def __reduce__(self) -> tuple[type[CallLock], tuple[()]]:
+        return CallLock, ()
 
 
 @dataclass(eq=False)
@@ -52,6 +75,7 @@ class Root:
         context: the channel to the sites.
         slots: names of forward's positional arguments, to their positions.
         forward: the model's forward behind the boundary, bound.
+        lock: held by a call; the context above serves one call at a time.
         make_cache: builds an empty key/value cache, or None for models without one.
     """
 
@@ -65,6 +89,7 @@ class Root:
     make_cache: Callable[[], Any] | None = field(default=None, repr=False)
     forward: Callable[..., Any] | None = field(default=None, repr=False)
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
+    lock: CallLock = field(default_factory=CallLock, repr=False)
 
     def __post_init__(self) -> None:
         # Sites that no module but the model itself stands for are marked at the start of its forward.
@@ -79,10 +104,10 @@ class Root:
         module = self.modules[spec.key]
         return getattr(module, spec.conv_name), getattr(module, spec.proj_name)
 
-    def new_state(self, batch: int) -> FastWeightState:
+    def new_state(self, batch: int, revocable: int = 0) -> FastWeightState:
         """State of ``batch`` sequences that have not begun, on the model's device."""
         like = self.like(self.specs[0])
-        return FastWeightState.zeros(self.specs, batch, like.dtype, like.device, self.owner())
+        return FastWeightState.zeros(self.specs, batch, like.dtype, like.device, self.owner(), revocable)
 
     def like(self, spec: SiteSpec) -> Tensor:
         """A tensor with the dtype and device of a site's activations; its weight may be quantised."""
@@ -199,6 +224,22 @@ class Root:
 
     def _check(self, state: FastWeightState, batch: int) -> None:
         check_fits(state, self.specs, batch, self.like(self.specs[0]), self.owner())
+        state.own()
+
+    @contextlib.contextmanager
+    def running(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[None]:
+        """Around a prepared call: an error that leaves its sequences half advanced marks them lost."""
+        cache = self.argument("past_key_values", args, kwargs)
+        state = kwargs.get(STATE_ARGUMENT)
+        if state is None and self.context.enabled and is_carrier(cache):
+            state = cache.ttt
+        before = _progress(state, cache)
+        try:
+            yield
+        except BaseException as e:
+            if state is not None and _progress(state, cache) != before:
+                state.lost = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'no message'}"
+            raise
 
     def kind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[object, ...]:
         """What a call looks like apart from its sizes; calls of one kind share compiled code."""
@@ -228,6 +269,7 @@ class Root:
         self.context.state = state
         self.context.tokens = self._rows(args, kwargs)
         self.context.pos = self._positions(args, kwargs, state)
+        kwargs.pop(DOCUMENTS_ARGUMENT, None)
         self.context.had_positions = self.context.pos is not None
         if self.own_sites:
             assert self.context.tokens is not None
@@ -268,10 +310,20 @@ class Root:
             return tokens
         return next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim() >= 2), None)
 
+    def _packed(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], pos: Tensor | None) -> Tensor | None:
+        """Positions of packed documents, from the boundaries that the call names."""
+        bounds = next((b for n in _CU_SEQLENS if (b := self.argument(n, args, kwargs)) is not None), None)
+        rows = self._rows(args, kwargs)
+        if bounds is None or rows is None:
+            return pos
+        return positions_of(bounds, rows.shape[1])
+
     def _positions(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], state: FastWeightState | None
     ) -> Tensor | None:
         pos: Tensor | None = self.argument("position_ids", args, kwargs)
+        if pos is None or DOCUMENTS_ARGUMENT in kwargs:
+            pos = self._packed(args, kwargs, pos)
         mask = self.argument("attention_mask", args, kwargs)
         if pos is not None and pos.dim() == 1:
             pos = pos[None]
@@ -284,6 +336,23 @@ class Root:
             # A running state knows where its document began; without one the first real token begins it.
             pos = mask.long().cumsum(-1) - 1 if state is None else torch.ones_like(mask, dtype=torch.int64)
         return torch.where(mask == 0, -1, pos)
+
+
+def positions_of(cu_seqlens: Tensor, length: int) -> Tensor:
+    """Positions ``[1, T]`` of packed documents whose boundaries are ``cu_seqlens [n + 1]``: 0, ..., T."""
+    place = torch.arange(length, device=cu_seqlens.device)
+    starts = cu_seqlens[torch.bucketize(place, cu_seqlens, right=True) - 1]
+    return (place - starts)[None]
+
+
+def _progress(state: FastWeightState | None, cache: Any) -> tuple[object, ...]:
+    """What changes when a call advances a sequence, without reading a number back from a device."""
+    if state is None:
+        return ()
+    versions = tuple(x._version for site in state.sites.values() for x in site)
+    layers = getattr(cache, "layers", ()) or ()
+    keys = [getattr(layer, "keys", None) for layer in layers]
+    return versions, tuple((k.shape, k._version) if isinstance(k, Tensor) else None for k in keys)
 
 
 def require_padding_mask(mask: Tensor, rows: Tensor) -> None:

@@ -10,13 +10,14 @@ import copy
 import os
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ttt_compiler.errors import CacheError
 from ttt_compiler.runtime import snapshot
 from ttt_compiler.runtime.cache import attach_state, evict
 from ttt_compiler.runtime.root import require_root
 from ttt_compiler.runtime.state import FastWeightState
+from ttt_compiler.spec import SiteSpec
 
 
 class Session:
@@ -28,6 +29,7 @@ class Session:
     Args:
         model: a converted model.
         batch_size: sequences that run side by side, independent of each other.
+        revocable: how many of the last tokens ``cache.crop`` can take back across a chunk's end.
 
     Attributes:
         cache: the key/value cache that carries the fast weights; None for models without one.
@@ -37,9 +39,9 @@ class Session:
         NotConvertedError: the model carries no fast weights.
     """
 
-    def __init__(self, model: nn.Module, batch_size: int = 1) -> None:
+    def __init__(self, model: nn.Module, batch_size: int = 1, *, revocable: int = 0) -> None:
         self.model, self._root = require_root(model)
-        state = self._root.new_state(batch_size)
+        state = self._root.new_state(batch_size, revocable)
         self.cache: Any = None
         self._state = state
         if self._root.make_cache is not None:
@@ -59,6 +61,21 @@ class Session:
     def tokens_seen(self) -> list[int]:
         """Tokens since the document began, per row."""
         return self.state.tokens_seen
+
+    def weight(self, spec: SiteSpec) -> Tensor:
+        """W0 ``[D, F]`` of a site.
+
+        Raises:
+            UnsupportedModelError: it exists inside of the forward pass only.
+        """
+        return self._root.weight(spec)
+
+    def keep_revocable(self, tokens: int) -> None:
+        """From now on ``cache.crop`` can take back the last ``tokens`` tokens, wherever chunks end.
+
+        Costs ``tokens`` more rows of the tail per site. Assisted decoding asks for it by itself.
+        """
+        self.state.keep_revocable(tokens)
 
     def drift(self) -> dict[str, list[float]]:
         """``||W - W0||_F / ||W0||_F`` per site and row."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ttt_compiler.codegen import ops  # noqa: F401  (registers the marker)
+from ttt_compiler.codegen.layout import TENSORS
 from ttt_compiler.errors import UnsupportedModelError
 from ttt_compiler.runtime.state import FastWeightState
 from ttt_compiler.spec import SiteSpec
@@ -130,10 +131,10 @@ def _mark(module: Any, spec: SiteSpec, constants: str, call: CallContext, x: Ten
         for name in spec.inner.split("."):
             weight = getattr(weight, name)
     conv, proj = getattr(module, spec.conv_name), getattr(module, spec.proj_name)
-    state: tuple[Tensor | None, ...] = (None, None, None, None)
+    state: tuple[Tensor | None, ...] = (None,) * (len(TENSORS) + 1)
     if call.state is not None:
         s = call.state.sites[spec.key]
-        state = (s.w, s.tail_h, s.tail_t, s.counts)
+        state = (s.w, s.tail_h, s.tail_t, s.tail_v, s.lanes, s.rows, s.norms, call.state.batch)
     marked: Tensor = torch.ops.ttt.site(x, weight, constants, conv, proj, call.tokens, call.pos, *state)
     return marked
 

@@ -13,22 +13,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ttt_compiler.codegen.cpu.step import SEEN, WRITES
+from ttt_compiler.codegen.layout import COLUMNS
 from ttt_compiler.errors import SnapshotError, TTTError
 from ttt_compiler.runtime.files import expect_tensors, read_tensors, write_tensors
 from ttt_compiler.runtime.fingerprint import fingerprint
 from ttt_compiler.runtime.root import Root
-from ttt_compiler.runtime.state import TENSORS, FastWeightState, SiteState
+from ttt_compiler.runtime.rows import Row, export_row, import_row, row_layout
+from ttt_compiler.runtime.snapshot_v1 import from_version_1
+from ttt_compiler.runtime.state import FastWeightState
 from ttt_compiler.spec import same_sites
 
-FORMAT, VERSION = "ttt-session", 1
+FORMAT, VERSION = "ttt-session", 2
+# A file may not ask for more memory than a user would.
+MOST_REVOCABLE = 1 << 20
 
 
 def save(
     path: str | os.PathLike[str], model: nn.Module, root: Root, state: FastWeightState, cache: Any
 ) -> None:
     """Write a session; see :meth:`Session.save`."""
-    tensors = {f"fast.{k}.{n}": getattr(s, n) for k, s in state.sites.items() for n in TENSORS}
+    tensors = {
+        f"fast.{spec.key}.{b}.{name}": x
+        for spec in state.specs
+        for b in range(state.batch_size)
+        for name, x in export_row(state, spec.key, b).items()
+    }
     layers = [] if cache is None else plain_layers(cache, SnapshotError)
     for i, layer in enumerate(layers):
         if layer.is_initialized:
@@ -39,6 +48,7 @@ def save(
         "model": fingerprint(model),
         "sites": list(state.signature),
         "batch_size": state.batch_size,
+        "revocable": state.revocable,
     }
     write_tensors(path, tensors, header)
 
@@ -49,29 +59,45 @@ def load(
     """Read a session; returns its state and a function that fills an empty cache with its tokens."""
     tensors, header = read_tensors(path, SnapshotError)
     _check_header(header, path, model, root)
-    batch = header["batch_size"]
+    batch, revocable = header["batch_size"], header.get("revocable", 0)
     dtype = root.like(root.specs[0]).dtype
     fast = {k: v for k, v in tensors.items() if k.startswith("fast.")}
-    expected: dict[str, tuple[tuple[int, ...], Any]] = {}
-    for spec in root.specs:
-        like = SiteState.zeros(spec, 1, dtype, torch.device("meta"))
-        for name in TENSORS:
-            x: Tensor = getattr(like, name)
-            expected[f"fast.{spec.key}.{name}"] = ((batch, *x.shape[1:]), x.dtype)
-    expect_tensors(fast, expected, path, SnapshotError)
-    sites = {
-        s.key: SiteState(*(fast[f"fast.{s.key}.{n}"].to(root.like(s).device) for n in TENSORS))
-        for s in root.specs
-    }
-    for spec in root.specs:
-        seen, writes = sites[spec.key].counts[:, SEEN], sites[spec.key].counts[:, WRITES]
-        if bool(((seen < 0) | (writes < 0) | (writes > seen // spec.chunk)).any()):
-            raise SnapshotError(f"{path}: counters of {spec.key} contradict each other; nothing was changed")
+    if header["version"] == 1:
+        fast = from_version_1(fast, root.specs, batch, path)
+    rows = _rows(fast, root, batch, revocable, path)
     layers = _layers(tensors, path, batch, dtype, getattr(model, "config", None))
     for name, value in tensors.items():
         if value.is_floating_point() and not bool(value.isfinite().all()):
             raise SnapshotError(f"{path}: {name} holds NaN or Inf; nothing was changed")
-    return FastWeightState(root.specs, sites, root.owner()), lambda cache: _fill(cache, layers)
+    state = root.new_state(batch, revocable)
+    for (key, b), row in rows.items():
+        import_row(state, next(s for s in root.specs if s.key == key), b, row)
+    return state, lambda cache: _fill(cache, layers)
+
+
+def _rows(
+    fast: dict[str, Tensor], root: Root, batch: int, revocable: int, path: object
+) -> dict[tuple[str, int], Row]:
+    """The tensors of every site and sequence, checked."""
+    dtype = root.like(root.specs[0]).dtype
+    expected: dict[str, tuple[tuple[int, ...], Any]] = {}
+    out: dict[tuple[str, int], Row] = {}
+    for spec in root.specs:
+        for b in range(batch):
+            prefix = f"fast.{spec.key}.{b}."
+            counts = fast.get(f"{prefix}rows")
+            layout = None
+            if counts is not None and counts.shape == (COLUMNS,) and counts.dtype == torch.int64:
+                layout = row_layout(spec, dtype, counts.tolist(), revocable)
+            if layout is None:
+                raise SnapshotError(
+                    f"{path}: counters of {spec.key} are missing or contradict each other; "
+                    "nothing was changed"
+                )
+            expected |= {prefix + name: shape for name, shape in layout.items()}
+            out[spec.key, b] = {name: fast[prefix + name] for name in layout if prefix + name in fast}
+    expect_tensors(fast, expected, path, SnapshotError)
+    return out
 
 
 def plain_layers(cache: Any, error: type[TTTError]) -> list[Any]:
@@ -94,10 +120,10 @@ def plain_layers(cache: Any, error: type[TTTError]) -> list[Any]:
 def _check_header(header: dict[str, Any], path: object, model: nn.Module, root: Root) -> None:
     if header.get("format") != FORMAT:
         raise SnapshotError(f"{path}: is no saved session; nothing was changed")
-    if header.get("version") != VERSION:
+    if header.get("version") not in (1, VERSION):
         raise SnapshotError(
-            f"{path}: has version {header.get('version')!r}, this ttt_compiler reads version "
-            f"{VERSION}; nothing was changed"
+            f"{path}: has version {header.get('version')!r}, this ttt_compiler reads versions 1 "
+            f"to {VERSION}; nothing was changed"
         )
     if not same_sites(header.get("sites"), root.specs):
         raise SnapshotError(f"{path}: was saved under another fast-weight configuration; nothing was changed")
@@ -108,6 +134,9 @@ def _check_header(header: dict[str, Any], path: object, model: nn.Module, root: 
     batch = header.get("batch_size")
     if not isinstance(batch, int) or isinstance(batch, bool) or batch < 1:
         raise SnapshotError(f"{path}: batch_size {batch!r} is no positive integer; nothing was changed")
+    revocable = header.get("revocable", 0)
+    if not isinstance(revocable, int) or isinstance(revocable, bool) or not 0 <= revocable <= MOST_REVOCABLE:
+        raise SnapshotError(f"{path}: revocable {revocable!r} is no count of tokens; nothing was changed")
 
 
 def _layers(

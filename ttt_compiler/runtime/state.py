@@ -1,64 +1,59 @@
-"""Fast-weight state of running sequences: layout, bytes, and what happens to it with its rows.
+"""Fast-weight state of running sequences: what exists, what it costs, and what happens to it with its rows.
 
-Per site and sequence: ``w [D, F]`` fp32 (fp64 for fp64 models), the hidden and target rows of the
-incomplete chunk, and two counters. Shapes and addresses are fixed while a batch runs, counters are
-tensors, so no captured graph depends on how many tokens were seen. May be changed here: the layout,
-together with ``fast_weight_step`` and the snapshot format.
+Shapes and addresses are fixed while a batch runs and counters are tensors, so no captured graph depends on
+how many tokens were seen. Rows of a batch are numbers: beams reorder integers, a fork shares every matrix
+until one of both runs. May be changed here: operations on rows; where the numbers stand is
+:mod:`ttt_compiler.codegen.layout`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import weakref
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from ttt_compiler.codegen.cpu.gemm import state_dtype
-from ttt_compiler.codegen.cpu.step import SEEN, WRITES
+from ttt_compiler.codegen.layout import (
+    CACHED,
+    COLUMNS,
+    DONE,
+    FACTORED,
+    SEEN,
+    SLOT,
+    WRITES,
+    StateTensors,
+    cached_rows,
+    factored_rows,
+)
 from ttt_compiler.errors import CacheError, CropError
 from ttt_compiler.spec import SiteSpec
 
-TENSORS = ("w", "tail_h", "tail_t", "counts")
-
-
-class SiteState:
-    """Tensors of one site for a batch: see :class:`FastWeightState`."""
-
-    def __init__(self, w: Tensor, tail_h: Tensor, tail_t: Tensor, counts: Tensor) -> None:
-        self.w = w
-        self.tail_h = tail_h
-        self.tail_t = tail_t
-        self.counts = counts
-
-    @classmethod
-    def zeros(cls, spec: SiteSpec, batch: int, dtype: torch.dtype, device: torch.device) -> SiteState:
-        """State of ``batch`` sequences that have not begun."""
-        return cls(
-            torch.zeros(batch, spec.d_model, spec.d_ff, dtype=state_dtype(dtype), device=device),
-            torch.zeros(batch, spec.chunk, spec.d_ff, dtype=dtype, device=device),
-            torch.zeros(batch, spec.chunk, spec.d_target, dtype=dtype, device=device),
-            torch.zeros(batch, 2, dtype=torch.int64, device=device),
-        )
-
-    def map(self, fn: Callable[[Tensor], Tensor]) -> SiteState:
-        """A new state with ``fn`` applied to every tensor."""
-        return SiteState(*(fn(getattr(self, name)) for name in TENSORS))
+# What is written while a sequence runs; a fork shares these until then, and copies counters at once.
+_HEAVY = ("w", "tail_h", "tail_t", "tail_v", "lanes")
 
 
 class FastWeightState:
-    """Fast weights of a batch of running sequences, one :class:`SiteState` per site.
+    """Fast weights of a batch of running sequences, one :class:`StateTensors` per site.
 
     Attributes:
-        sites: per site key: ``w [B, D, F]``, ``tail_h [B, C, F]``, ``tail_t [B, C, Dt]``,
-            ``counts [B, 2]`` int64 (tokens seen since the document began, chunks written).
-        signature: the constants of its sites.
+        specs: constants of the sites.
+        sites: per site key, its tensors: tables of at least B rows.
+        batch: int64 ``[B]``, which row of the tables is sequence b.
         owner: identity of the slow weights it was written on (see :meth:`Root.owner`).
+        lost: why the state can no longer be used, after an error in the middle of a call; else None.
     """
 
-    def __init__(self, specs: Sequence[SiteSpec], sites: dict[str, SiteState], owner: object = None) -> None:
+    def __init__(
+        self, specs: Sequence[SiteSpec], sites: dict[str, StateTensors], batch: Tensor, owner: object = None
+    ) -> None:
         self.specs = tuple(specs)
         self.sites = sites
+        self.batch = batch
         self.owner = owner
+        self.lost: str | None = None
+        self._sharers: weakref.WeakSet[FastWeightState] = weakref.WeakSet([self])
 
     @classmethod
     def zeros(
@@ -68,9 +63,23 @@ class FastWeightState:
         dtype: torch.dtype,
         device: torch.device,
         owner: object = None,
+        revocable: int = 0,
+        *,
+        shared_lanes: bool = False,
     ) -> FastWeightState:
-        """State of ``batch`` sequences that have not begun: every row stands at the slow weights."""
-        return cls(specs, {s.key: SiteState.zeros(s, batch, dtype, device) for s in specs}, owner)
+        """State of ``batch`` sequences that have not begun: every row stands at the slow weights.
+
+        Args:
+            specs: the sites.
+            batch: B.
+            dtype: of the model's activations.
+            device: where.
+            owner: see the class.
+            revocable: R, the number of last tokens that can be taken back across a chunk's end.
+            shared_lanes: whether rows may share entries of a tail from the start (pools, beams).
+        """
+        sites = {s.key: _zeros(s, batch, dtype, device, revocable, shared_lanes) for s in specs}
+        return cls(specs, sites, torch.arange(batch, device=device), owner)
 
     @property
     def signature(self) -> tuple[str, ...]:
@@ -80,87 +89,175 @@ class FastWeightState:
     @property
     def batch_size(self) -> int:
         """B."""
-        return next(iter(self.sites.values())).counts.shape[0]
+        return len(self.batch)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the tails: the model's."""
+        return self._first().tail_h.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the state lives."""
+        return self._first().tail_h.device
+
+    @property
+    def revocable(self) -> int:
+        """R: how many of the last tokens can be taken back across a chunk's end."""
+        return self._first().capacity - self.specs[0].chunk
 
     @property
     def tokens_seen(self) -> list[int]:
-        """Tokens since the document began, per row."""
-        seen: list[int] = next(iter(self.sites.values())).counts[:, SEEN].tolist()
-        return seen
+        """Tokens since the document began, per sequence."""
+        return self.column(self.specs[0].key, SEEN)
 
     @property
     def chunks_written(self) -> dict[str, list[int]]:
-        """Per site and row, how many chunks are in ``w``."""
-        return {key: site.counts[:, WRITES].tolist() for key, site in self.sites.items()}
+        """Per site and sequence, how many chunks are in its matrix."""
+        return {spec.key: self.column(spec.key, WRITES) for spec in self.specs}
 
     @property
     def nbytes(self) -> int:
-        """Bytes held for the whole batch."""
-        return sum(getattr(s, name).nbytes for s in self.sites.values() for name in TENSORS)
+        """Bytes of all tables; forks that have not run since count what they share."""
+        return sum(x.nbytes for site in self.sites.values() for x in site) + self.batch.nbytes
+
+    def column(self, key: str, column: int) -> list[int]:
+        """One counter of a site per sequence; see :mod:`ttt_compiler.codegen.layout`."""
+        values: list[int] = self.sites[key].rows[self.batch, column].tolist()
+        return values
 
     def clone(self) -> FastWeightState:
-        """An independent copy, bit for bit."""
-        return self._map(Tensor.clone)
+        """An independent copy, bit for bit, that shares memory with this one until either runs."""
+        sites = {k: s._replace(rows=s.rows.clone(), norms=s.norms.clone()) for k, s in self.sites.items()}
+        other = FastWeightState(self.specs, sites, self.batch.clone(), self.owner)
+        other.lost = self.lost
+        other._sharers = self._sharers
+        self._sharers.add(other)
+        return other
+
+    def __deepcopy__(self, memo: object) -> FastWeightState:
+        return self.clone()
+
+    def own(self) -> None:
+        """Before the state is written: have memory of its own, a copy where a fork shares it."""
+        if len(self._sharers) > 1:
+            self._sharers.discard(self)
+            self.sites = {
+                k: s._replace(**{n: getattr(s, n).clone() for n in _HEAVY}) for k, s in self.sites.items()
+            }
+            self._sharers = weakref.WeakSet([self])
 
     def select(self, rows: Tensor) -> None:
-        """Row i becomes row ``rows[i]`` (int64 ``[B']``): beam reorder, batch selection."""
-        self._replace(lambda x: x.index_select(0, rows.to(x.device)))
+        """Sequence i becomes sequence ``rows[i]`` (int64 ``[B']``): beam reorder, batch selection.
+
+        Integers move, matrices do not: several sequences may read one until they write.
+        """
+        rows = rows.to(self.device)
+        if torch.equal(rows, torch.arange(self.batch_size, device=self.device)):
+            return
+        chosen = self.batch[rows]
+        for spec in self.specs:
+            self.sites[spec.key] = _selected(self.sites[spec.key], chosen)
+        self.batch = torch.arange(len(rows), device=self.device)
 
     def repeat_interleave(self, repeats: int) -> None:
-        """Every row becomes ``repeats`` rows."""
-        self._replace(lambda x: x.repeat_interleave(repeats, 0))
+        """Every sequence becomes ``repeats`` sequences."""
+        self.select(torch.arange(self.batch_size, device=self.device).repeat_interleave(repeats))
 
     def reset(self, rows: Iterable[int] | None = None) -> None:
-        """Back to the slow weights and an empty tail, in place, for the given rows or all."""
-        index = slice(None) if rows is None else list(rows)
+        """Back to the slow weights and an empty tail, in place, for the given sequences or all."""
+        chosen = self.batch if rows is None else self.batch[torch.tensor(list(rows), dtype=torch.int64)]
         for site in self.sites.values():
-            site.counts[index] = 0
+            slots = site.rows[chosen, SLOT]
+            site.rows[chosen] = 0
+            site.rows[chosen, SLOT] = slots
+            site.norms[chosen] = 0
+        if rows is None:
+            self.lost = None
 
     def crop(self, tokens: int) -> None:
-        """Take back the last ``tokens`` tokens of every row. Exact inside the incomplete chunk.
+        """Take back the last ``tokens`` tokens of every sequence, exactly.
 
         Raises:
-            CropError: a row would have to undo a chunk that is already written; nothing changed.
+            CropError: a sequence would have to undo a chunk that is already written; nothing changed.
         """
         if tokens <= 0:
             return
         for spec in self.specs:
-            counts = self.sites[spec.key].counts
-            room = counts[:, SEEN] % spec.chunk
+            counts = self.sites[spec.key].rows[self.batch]
+            room = counts[:, SEEN] - counts[:, DONE] * spec.chunk
             if bool((room < tokens).any()):
                 raise CropError(
-                    f"cannot take back {tokens} tokens of {spec.key}: only {room.min().item()} stand "
-                    "after the "
-                    "last written chunk. Fork or save the session before tokens that may be "
-                    "rejected, or use a "
-                    "larger chunk_size"
+                    f"cannot take back {tokens} tokens of {spec.key}: only {room.min().item()} stand after "
+                    "the last written chunk. Say before they are read how many may be rejected: "
+                    "session.keep_revocable(n); or fork the session and drop the fork"
                 )
-        for site in self.sites.values():
-            site.counts[:, SEEN] -= tokens
+        for spec in self.specs:
+            rows = self.sites[spec.key].rows
+            counts = rows[self.batch]
+            counts[:, SEEN] -= tokens
+            complete = counts[:, SEEN] // spec.chunk - counts[:, DONE]
+            counts[:, CACHED] = torch.minimum(counts[:, CACHED], complete)
+            rows[self.batch] = counts
+
+    def keep_revocable(self, tokens: int) -> None:
+        """From now on keep the last ``tokens`` tokens in a form that can be taken back.
+
+        A chunk is then written once its end is that old; until then its tokens act from the tail. The tail
+        grows by ``tokens`` rows per site; it never shrinks, so that captured graphs stay valid.
+        """
+        if tokens <= self.revocable:
+            return
+        self.own()
+        for spec in self.specs:
+            self.sites[spec.key] = _with_tail(self.sites[spec.key], spec, tokens)
+
+    def matrix(self, key: str, sequence: int, w0: Tensor) -> Tensor:
+        """W ``[D, F]`` of a sequence in the state's dtype, a new tensor; ``w0 [D, F]`` is its slow weight."""
+        site = self.sites[key]
+        counts = site.rows[self.batch[sequence]].tolist()
+        base = w0.detach().to(site.w.dtype)
+        if counts[WRITES] == 0:
+            return base.clone()
+        slot = site.w[counts[SLOT]]
+        if counts[FACTORED] == 0:
+            return slot.clone()
+        keys, values = factored_rows(slot, site.tail_h.dtype, counts[FACTORED])
+        return torch.addmm(base, values.to(base.dtype).t(), keys.to(base.dtype))
 
     def drift(self, weights: dict[str, Tensor]) -> dict[str, list[float]]:
-        """``||W - W0||_F / ||W0||_F`` per site and row; ``weights`` maps a site's key to W0 ``[D, F]``."""
+        """``||W - W0||_F / ||W0||_F`` per site and sequence; ``weights`` holds W0 ``[D, F]`` per key."""
         out = {}
-        for key, site in self.sites.items():
-            w0 = weights[key].detach().to(site.w.dtype)
+        for key, written in self.chunks_written.items():
+            w0 = weights[key].detach().to(self.sites[key].w.dtype)
             norm = w0.norm()
             out[key] = [
-                float((site.w[b] - w0).norm() / norm) if writes else 0.0
-                for b, writes in enumerate(site.counts[:, WRITES].tolist())
+                float((self.matrix(key, b, w0) - w0).norm() / norm) if writes else 0.0
+                for b, writes in enumerate(written)
             ]
         return out
 
-    def _map(self, fn: Callable[[Tensor], Tensor]) -> FastWeightState:
-        return FastWeightState(self.specs, {k: s.map(fn) for k, s in self.sites.items()}, self.owner)
-
-    def _replace(self, fn: Callable[[Tensor], Tensor]) -> None:
-        self.sites = self._map(fn).sites
+    def _first(self) -> StateTensors:
+        return self.sites[self.specs[0].key]
 
 
-def bytes_per_sequence(specs: Sequence[SiteSpec], dtype: torch.dtype) -> int:
-    """Bytes that one sequence's state takes, known before anything is allocated."""
+def bytes_per_sequence(
+    specs: Sequence[SiteSpec], dtype: torch.dtype, *, revocable: int = 0, shared_lanes: bool = False
+) -> int:
+    """Bytes that one sequence's state takes, known before anything is allocated.
+
+    Per site ``D F a + (C + R)(F + Dt) e + C ceil(R / C) D e + 3 a + 64``, and ``4 (C + R)`` more where rows
+    may share entries; a and e are the bytes of one number of the state and of the model. 8 more per sequence
+    say which row it is.
+    """
     acc, element = state_dtype(dtype).itemsize, dtype.itemsize
-    return sum(s.d_model * s.d_ff * acc + s.chunk * (s.d_ff + s.d_target) * element + 2 * 8 for s in specs)
+    total = 8
+    for s in specs:
+        tail = s.chunk + revocable
+        total += s.d_model * s.d_ff * acc + tail * (s.d_ff + s.d_target) * element
+        total += cached_rows(s.chunk, revocable) * s.d_model * element
+        total += 3 * acc + COLUMNS * 8 + (4 * tail if shared_lanes else 0)
+    return total
 
 
 def check_fits(
@@ -172,6 +269,11 @@ def check_fits(
         CacheError: with what differs and what to do.
     """
     fresh = "Start a new one: ttt.Session(model), or leave past_key_values out"
+    if state.lost is not None:
+        raise CacheError(
+            f"these sequences were lost in the middle of an earlier call ({state.lost}). Type "
+            "session.reset(), or load what was saved before"
+        )
     if state.signature != tuple(s.encode() for s in specs):
         raise CacheError(f"this cache carries the fast weights of another model or configuration. {fresh}")
     if state.batch_size != batch:
@@ -179,18 +281,65 @@ def check_fits(
             f"this cache carries fast weights of {state.batch_size} sequences, but the call has "
             f"{batch}. Make one with ttt.Session(model, batch_size=...)"
         )
-    tail = state.sites[specs[0].key].tail_h
-    if tail.dtype != like.dtype or tail.device != like.device:
+    if state.dtype != like.dtype or state.device != like.device:
         raise CacheError(
-            f"this cache carries fast weights of a model in {tail.dtype} on {tail.device}; the model "
-            "is now in "
-            f"{like.dtype} on {like.device}. {fresh}"
+            f"this cache carries fast weights of a model in {state.dtype} on {state.device}; the model "
+            f"is now in {like.dtype} on {like.device}. {fresh}"
         )
     if state.owner != owner:
         if any(state.tokens_seen):
             raise CacheError(
-                "this cache carries fast weights written on other slow weights: it belongs to "
-                "another model, or "
-                f"the model's weights were trained or loaded since. {fresh}"
+                "this cache carries fast weights written on other slow weights: it belongs to another "
+                f"model, or the model's weights were trained or loaded since. {fresh}"
             )
         state.owner = owner
+
+
+def _zeros(
+    spec: SiteSpec, rows: int, dtype: torch.dtype, device: torch.device, revocable: int, shared_lanes: bool
+) -> StateTensors:
+    acc, tail = state_dtype(dtype), spec.chunk + revocable
+    table = torch.zeros(rows, COLUMNS, dtype=torch.int64, device=device)
+    table[:, SLOT] = torch.arange(rows)
+    lanes = torch.arange(rows, dtype=torch.int32, device=device)[:, None]
+    return StateTensors(
+        w=torch.zeros(rows, spec.d_model, spec.d_ff, dtype=acc, device=device),
+        tail_h=torch.zeros(rows, tail, spec.d_ff, dtype=dtype, device=device),
+        tail_t=torch.zeros(rows, tail, spec.d_target, dtype=dtype, device=device),
+        tail_v=torch.zeros(
+            rows, cached_rows(spec.chunk, revocable), spec.d_model, dtype=dtype, device=device
+        ),
+        lanes=lanes.repeat(1, tail if shared_lanes else 0),
+        rows=table,
+        norms=torch.zeros(rows, 3, dtype=acc, device=device),
+    )
+
+
+def _selected(site: StateTensors, chosen: Tensor) -> StateTensors:
+    """Tables whose first rows are the ``chosen`` ones; grown when there are more of them than rows."""
+    rows, count = len(site.rows), len(chosen)
+    if site.lanes.shape[1] == 0:
+        own = torch.arange(rows, dtype=torch.int32, device=chosen.device)[:, None]
+        site = site._replace(lanes=own.repeat(1, site.capacity))
+    if count > rows:
+        site = StateTensors(*(torch.cat([x, x.new_zeros(count - rows, *x.shape[1:])]) for x in site))
+    table, lanes, norms = (torch.zeros_like(x) for x in (site.rows, site.lanes, site.norms))
+    table[:, SLOT] = torch.arange(len(table))
+    table[:count], lanes[:count], norms[:count] = site.rows[chosen], site.lanes[chosen], site.norms[chosen]
+    # v of waiting chunks is kept per row, and rows have changed places.
+    table[:, CACHED] = 0
+    return site._replace(rows=table, lanes=lanes, norms=norms)
+
+
+def _with_tail(site: StateTensors, spec: SiteSpec, revocable: int) -> StateTensors:
+    """The same state with R = ``revocable``: every row gets its unwritten tokens into a lane of its own."""
+    rows, old, new = len(site.rows), site.capacity, spec.chunk + revocable
+    grown = _zeros(spec, rows, site.tail_h.dtype, site.tail_h.device, revocable, site.lanes.shape[1] > 0)
+    for row, counts in enumerate(site.rows.tolist()):
+        tokens = torch.arange(counts[DONE] * spec.chunk, counts[SEEN], device=site.rows.device)
+        lanes = site.lanes[row, tokens % old].long() if site.lanes.shape[1] else row
+        grown.tail_h[row, tokens % new] = site.tail_h[lanes, tokens % old]
+        grown.tail_t[row, tokens % new] = site.tail_t[lanes, tokens % old]
+    table = site.rows.clone()
+    table[:, CACHED] = 0
+    return grown._replace(w=site.w, rows=table, norms=site.norms)

@@ -153,6 +153,14 @@ class FastMatrix:
         else:
             torch.mm(x, w, out=out)
 
+    def decay(self, factor: float) -> None:
+        """``W = W0 + factor (W - W0)``, in place."""
+        if self.written and factor != 1.0:
+            self.master.mul_(factor)
+            if self.base is not None:
+                self.master.add_(self.base, alpha=1.0 - factor)
+            self._shadow = None
+
     def write(self, v: Tensor, h: Tensor) -> None:
         """``W += v.T @ h`` with fp32 accumulation. v ``[m, D]``, h ``[m, F]``."""
         if self.master.dtype == self.dtype:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ttt_compiler.codegen.cpu.gemm import FastMatrix, state_dtype, static_apply, workspace
 from ttt_compiler.codegen.segments import Run, documents, row_runs
+from ttt_compiler.errors import NonFiniteWriteError
 
 
 def chunk_scan(
@@ -22,10 +23,12 @@ def chunk_scan(
     bias: Tensor | None,
     pos: Tensor | None,
     chunk: int,
+    decay: float = 1.0,
+    on_nonfinite: str = "raise",
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """``y_i = h_i W_i.T + bias; W_{i+1} = W_i + v_i.T h_i`` with W = w0 at the start of every document.
+    """``y_i = h_i W_i.T + bias; W_{i+1} = w0 + decay (W_i - w0) + v_i.T h_i``; documents start at w0.
 
     Args:
         h: ``[B, T, F]``.
@@ -34,10 +37,15 @@ def chunk_scan(
         bias: ``[D]`` or None.
         pos: int64 ``[B or 1, T]`` or None; padding is projected by w0 and never written.
         chunk: C.
+        decay: gamma; 1 never forgets.
+        on_nonfinite: ``"raise"``, or ``"skip"`` the write of a chunk that holds NaN or Inf.
         out: contiguous ``[B, T, D]`` to fill; by default a new tensor.
 
     Returns:
         ``y [B, T, D]``.
+
+    Raises:
+        NonFiniteWriteError: a chunk holds NaN or Inf and is not skipped.
     """
     if h.numel() == 0 or not _any(v):
         return static_apply(h, w0, bias, out=out)
@@ -55,17 +63,26 @@ def chunk_scan(
                 stop = min(start + chunk, doc.stop)
                 w.apply(h[b, start:stop], bias, y[b, start:stop])
                 if stop < doc.stop:
-                    w.write(v[b, start:stop], h[b, start:stop])
+                    w.decay(decay)
+                    if writable(v[b, start:stop], h[b, start:stop], on_nonfinite, start // chunk):
+                        w.write(v[b, start:stop], h[b, start:stop])
     return y
 
 
 def chunk_scan_backward(
-    dy: Tensor, h: Tensor, v: Tensor, w0: Tensor, pos: Tensor | None, chunk: int
+    dy: Tensor,
+    h: Tensor,
+    v: Tensor,
+    w0: Tensor,
+    pos: Tensor | None,
+    chunk: int,
+    decay: float = 1.0,
+    on_nonfinite: str = "raise",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`chunk_scan` for h, v and w0.
 
-    With ``S_i = sum_{k>i} dy_k.T h_k`` over the same document: ``dh_i = dy_i W_i + v_i S_i``,
-    ``dv_i = h_i S_i.T``, ``dw0 = sum_i dy_i.T h_i``.
+    With ``S_i = sum_{k>i} decay^(k-i-1) dy_k.T h_k`` over the same document: ``dh_i = dy_i W_i + v_i S_i``,
+    ``dv_i = h_i S_i.T``, ``dw0 = sum_i dy_i.T h_i`` (which is the last S when nothing decays).
     """
     dy, h, v = dy.contiguous(), h.contiguous(), v.contiguous()
     batch, length, _ = h.shape
@@ -85,14 +102,20 @@ def chunk_scan_backward(
             for span in spans:
                 w.apply_transposed(dy[b, span], dh[b, span])
                 if span is not spans[-1]:
-                    w.write(v[b, span], h[b, span])
+                    w.decay(decay)
+                    if writable(v[b, span], h[b, span], on_nonfinite, span.start // chunk):
+                        w.write(v[b, span], h[b, span])
             s.reset()
             for span in reversed(spans):
-                if not s.is_zero:
+                if not s.is_zero and writable(v[b, span], h[b, span], on_nonfinite, span.start // chunk):
                     s.apply_transposed(v[b, span], dh[b, span], accumulate=True)
                     s.apply(h[b, span], None, dv[b, span])
+                s.decay(decay)
                 s.write(dy[b, span], h[b, span])
-            dw0 += s.master
+                if decay != 1.0:
+                    dw0 += torch.mm(dy[b, span].t(), h[b, span])
+            if decay == 1.0:
+                dw0 += s.master
     return dh, dv, dw0.to(w0.dtype)
 
 
@@ -102,6 +125,24 @@ def _fast(base: Tensor | None, slot: str, dtype: torch.dtype, shape: tuple[int, 
 
 def _base(h: Tensor, w0: Tensor, bias: Tensor | None, y: Tensor, run: Run) -> None:
     y[run.start : run.stop] = static_apply(h[run.start : run.stop], w0, bias)
+
+
+def writable(v: Tensor, h: Tensor, on_nonfinite: str, index: int) -> bool:
+    """Whether a chunk may be written: v ``[C, D]`` and h ``[C, F]`` are finite.
+
+    Raises:
+        NonFiniteWriteError: they are not, and ``on_nonfinite`` is ``"raise"``.
+    """
+    # A finite norm proves that every entry is finite, in one pass; the product of two such in fp32 is.
+    norms = (torch.linalg.vector_norm(x, dtype=state_dtype(x.dtype)) for x in (v, h))
+    if all(bool(norm.isfinite()) for norm in norms):
+        return True
+    if on_nonfinite == "skip":
+        return False
+    raise NonFiniteWriteError(
+        f"chunk {index} of this call would write NaN or Inf into the fast weights. Lower lr, check the "
+        'adapter, set max_write_norm or max_write_ratio, or pass on_nonfinite="skip"'
+    )
 
 
 def _any(v: Tensor) -> bool:

@@ -1,7 +1,9 @@
 """One call of a running sequence on CPU: apply, append to the chunk tail, write when a chunk is full.
 
-The same code serves prefill, chunked prefill and decode, so they agree by construction. May be changed
-here: how it is computed. The state's layout belongs to :mod:`ttt_compiler.runtime.state`.
+The same code serves prefill, chunked prefill and decode, so they agree by construction. A chunk is written
+once its end is R tokens old (R = 0: at once); until then it acts in factored form, so that up to R tokens can
+be taken back exactly. May be changed here: how it is computed. The layout is
+:mod:`ttt_compiler.codegen.layout`.
 """
 
 from __future__ import annotations
@@ -9,13 +11,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ttt_compiler.codegen.cpu.controls import limited
 from ttt_compiler.codegen.cpu.conv import convolve
-from ttt_compiler.codegen.cpu.gemm import FastMatrix, state_dtype, static_apply, workspace
+from ttt_compiler.codegen.cpu.gemm import state_dtype, static_apply, workspace
+from ttt_compiler.codegen.cpu.slots import RowMatrix, add_factored
+from ttt_compiler.codegen.cpu.tail import RowTail
+from ttt_compiler.codegen.layout import (
+    CACHED,
+    CLIPPED,
+    DONE,
+    LAST,
+    PEAK,
+    SEEN,
+    SKIPPED,
+    TOTAL,
+    WRITES,
+    StateTensors,
+    factored_limit,
+)
+from ttt_compiler.codegen.reference import write_limit
 from ttt_compiler.codegen.segments import Run, row_runs
 from ttt_compiler.errors import NonFiniteWriteError
 from ttt_compiler.spec import SiteSpec
-
-SEEN, WRITES = 0, 1
 
 
 def fast_weight_step(
@@ -27,12 +44,10 @@ def fast_weight_step(
     proj: Tensor | None,
     pos: Tensor | None,
     spec: SiteSpec,
-    w: Tensor,
-    tail_h: Tensor,
-    tail_t: Tensor,
-    counts: Tensor,
+    state: StateTensors,
+    batch: Tensor,
 ) -> Tensor:
-    """Advance every row by T tokens; ``w``, ``tail_h``, ``tail_t`` and ``counts`` change in place.
+    """Advance every sequence of the batch by T tokens; the tensors of ``state`` change in place.
 
     Args:
         h: ``[B, T, F]``.
@@ -43,55 +58,38 @@ def fast_weight_step(
         proj: see w0.
         pos: int64 ``[B or 1, T]`` or None; 0 resets the row, a negative position is padding.
         spec: the site's constants.
-        w: ``[B, D, F]`` state; row b counts only when ``counts[b, 1] > 0``.
-        tail_h: ``[B, C, F]`` hidden rows of the incomplete chunk.
-        tail_t: ``[B, C, Dt]`` target rows of the incomplete chunk.
-        counts: int64 ``[B, 2]``: tokens seen since the document began, chunks written into w.
+        state: tables of L >= B rows.
+        batch: int64 ``[B]``: which row of the tables is sequence b.
 
     Returns:
         ``y [B, T, D]``.
 
     Raises:
-        NonFiniteWriteError: a complete chunk holds NaN or Inf. Its write is not made.
+        NonFiniteWriteError: a complete chunk holds NaN or Inf and is not skipped. Its write is not made.
     """
-    batch, length, _ = h.shape
-    h, t = h.contiguous(), t.contiguous()
-    still = not bool(conv.any()) or spec.lr == 0.0
-    rows = counts.tolist()
-    runs = row_runs(pos, batch, length)
-    if all(
-        _reads_only_w0(row, row_of_runs, length, spec.chunk, still)
-        for row, row_of_runs in zip(rows, runs, strict=True)
-    ):
-        # Nothing is, or will be, in any state that this call reads: the base model's own projection.
-        y = static_apply(h, w0, bias)
-        apply = False
-    else:
-        y = h.new_empty(batch, length, w0.shape[0])
-        apply = True
-    for b in range(batch):
-        row = _Row(b, h, t, w0, bias, conv, proj, spec, w, tail_h, tail_t, rows[b], still, apply)
+    length = h.shape[1]
+    call = _Call(h.contiguous(), t.contiguous(), w0, bias, conv, proj, spec, state, len(batch))
+    members = batch.tolist()
+    runs = row_runs(pos, len(members), length)
+    rows = [call.row(member) for member in members]
+    untouched = all(row.reads_only_w0(r, length) for row, r in zip(rows, runs, strict=True))
+    y = h.new_empty(len(members), length, w0.shape[0])
+    base_done = untouched or (length == 1 and any(map(_Row.needs_base, rows, runs)))
+    if base_done:
+        # One read of W0 for the whole batch, by the base model's own projection.
+        static_apply(h, w0, bias, out=y)
+    for b, row in enumerate(rows):
         for run in runs[b]:
-            row.advance(run, y[b])
-    counts.copy_(torch.tensor(rows, dtype=counts.dtype))
+            row.advance(run, call.h[b], call.t[b], y[b], base_done=base_done, apply=not untouched)
+    state.rows.copy_(torch.tensor(call.table, dtype=state.rows.dtype))
     return y
 
 
-def _reads_only_w0(counts: list[int], runs: list[Run], length: int, chunk: int, still: bool) -> bool:
-    """Whether no token of the row reads a written matrix, from before this call or made by it."""
-    fresh = runs[0].fresh
-    if counts[WRITES] > 0 and not fresh:
-        return False
-    seen = 0 if fresh else counts[SEEN]
-    return still or (len(runs) == 1 and seen % chunk + length <= chunk)
-
-
-class _Row:
-    """One sequence's view of the call."""
+class _Call:
+    """What all rows of one call share."""
 
     def __init__(
         self,
-        b: int,
         h: Tensor,
         t: Tensor,
         w0: Tensor,
@@ -99,71 +97,181 @@ class _Row:
         conv: Tensor,
         proj: Tensor | None,
         spec: SiteSpec,
-        w: Tensor,
-        tail_h: Tensor,
-        tail_t: Tensor,
-        counts: list[int],
-        still: bool,
-        apply: bool,
+        state: StateTensors,
+        batch: int,
     ) -> None:
-        self.h, self.t, self.w0, self.bias = h[b], t[b], w0, bias
-        self.conv, self.proj, self.spec = conv, proj, spec
-        self.tail_h, self.tail_t, self.counts = tail_h[b], tail_t[b], counts
-        self.still, self.apply = still, apply
-        self.w = FastMatrix(w0, w[b], h.dtype, name="step.w", written=counts[WRITES] > 0)
+        self.h, self.t, self.w0, self.bias = h, t, w0, bias
+        self.conv, self.proj, self.spec, self.state = conv, proj, spec, state
+        self.still = spec.lr == 0.0 or not bool(conv.any())
+        self.table: list[list[int]] = state.rows.tolist()
+        self.revocable = state.capacity - spec.chunk
+        self.factored_limit = factored_limit(spec.d_model, spec.d_ff, batch)
+        self._limit: Tensor | None = None
 
-    def advance(self, run: Run, y: Tensor) -> None:
-        """Feed the tokens of ``run``; fills ``y[run.start:run.stop]``."""
-        if run.padding:
-            if self.apply:
-                y[run.start : run.stop] = static_apply(self.h[run.start : run.stop], self.w0, self.bias)
-            return
-        if run.fresh:
-            self.counts[SEEN] = self.counts[WRITES] = 0
-            self.w.reset()
-        chunk = self.spec.chunk
-        i = run.start
-        while i < run.stop:
-            filled = self.counts[SEEN] % chunk
-            size = min(run.stop - i, chunk - filled)
-            h, t = self.h[i : i + size], self.t[i : i + size]
-            if self.apply:
-                self.w.apply(h, self.bias, y[i : i + size])
-            if size == chunk:
-                self.write(h, t)
-            else:
-                self.tail_h[filled : filled + size] = h
-                self.tail_t[filled : filled + size] = t
-                if filled + size == chunk:
-                    self.write(self.tail_h, self.tail_t)
-            self.counts[SEEN] += size
-            i += size
+    def row(self, index: int) -> _Row:
+        matrix = RowMatrix(self.table, index, self.state.w, self.w0, self.h.dtype, self.state.tail_h.dtype)
+        return _Row(self, index, matrix, RowTail(self.table, index, self.state, self.spec.chunk))
 
-    def write(self, h: Tensor, t: Tensor) -> None:
-        """Write one complete chunk. h ``[C, F]``, t ``[C, Dt]``."""
-        if self.still:
-            return
-        # Under autocast the tail is kept in the weights' dtype and multiplied in the operands'.
-        h, t = h.to(self.h.dtype), t.to(self.t.dtype)
+    def limit(self) -> Tensor | None:
+        """Largest norm of a write; it reads W0, so it is found only when something is written."""
+        if self.spec.rule.limited and self._limit is None:
+            self._limit = write_limit(self.w0, self.spec.rule)
+        return self._limit
+
+    def values(self, t: Tensor) -> Tensor:
+        """v of a complete chunk, in a workspace. t ``[C, Dt]``."""
         v = workspace("step.conv", tuple(t.shape), t.dtype)
         convolve(t, self.conv[:, 0].t(), v)
+        scale = self.spec.write_scale
         if self.proj is None:
-            v.mul_(self.spec.lr)
+            return v.mul_(scale)
+        out = workspace("step.v", (t.shape[0], self.spec.d_model), t.dtype)
+        return torch.mm(v, self.proj * scale, out=out)
+
+
+class _Row:
+    """One sequence's view of the call."""
+
+    def __init__(self, call: _Call, index: int, matrix: RowMatrix, tail: RowTail) -> None:
+        self.call, self.index = call, index
+        self.matrix, self.tail = matrix, tail
+        self.counts = call.table[index]
+        self.chunk = call.spec.chunk
+
+    def reads_only_w0(self, runs: list[Run], length: int) -> bool:
+        """Whether no token reads a written matrix or a complete chunk, from before this call or of it."""
+        fresh = bool(runs) and runs[0].fresh
+        if self.counts[WRITES] > 0 and not fresh:
+            return False
+        open_tokens = 0 if fresh else self.counts[SEEN] - self.counts[DONE] * self.chunk
+        return self.call.still or (len(runs) <= 1 and open_tokens + length <= self.chunk)
+
+    def needs_base(self, runs: list[Run]) -> bool:
+        """Whether a single token's output contains its product with W0."""
+        return self.matrix.reads_base or runs[0].fresh or runs[0].padding
+
+    def advance(self, run: Run, h: Tensor, t: Tensor, y: Tensor, *, base_done: bool, apply: bool) -> None:
+        """Feed the tokens of ``run``; fills ``y[run.start:run.stop]`` when ``apply``."""
+        call, counts, chunk = self.call, self.counts, self.chunk
+        if run.padding:
+            if apply and not base_done:
+                y[run.start : run.stop] = static_apply(h[run.start : run.stop], call.w0, call.bias)
+            return
+        if run.fresh:
+            self._begin()
+        i = run.start
+        end = counts[SEEN] + run.stop - run.start
+        while i < run.stop:
+            self._commit(end)
+            seen = counts[SEEN]
+            size = min(run.stop - i, chunk - seen % chunk)
+            rows = slice(i, i + size)
+            if apply:
+                self._apply(h[rows], y[rows], base_done)
+            if size == chunk and seen == counts[DONE] * chunk and self._is_due(end):
+                counts[SEEN] += size
+                self._write(h[rows], t[rows], end)
+            else:
+                self.tail.append(h[rows], t[rows])
+                counts[SEEN] += size
+            i += size
+        self._commit(end)
+
+    def _begin(self) -> None:
+        for column in (SEEN, DONE, SKIPPED, CLIPPED, CACHED):
+            self.counts[column] = 0
+        self.matrix.reset()
+        self.call.state.norms[self.index].zero_()
+
+    def _apply(self, h: Tensor, y: Tensor, base_done: bool) -> None:
+        """What is written, and what complete chunks that are not written yet add to it."""
+        matrix, counts, rule = self.matrix, self.counts, self.call.spec.rule
+        matrix.apply(h, self.call.bias, y, base_done=base_done)
+        waiting = range(counts[DONE], counts[SEEN] // self.chunk)
+        if not waiting or self.call.still:
+            return
+        if rule.decay != 1.0 and counts[WRITES]:
+            base = static_apply(h, self.call.w0, self.call.bias)
+            y.sub_(base).mul_(rule.decay ** len(waiting)).add_(base)
+        for index in waiting:
+            v = self._waiting_values(index)
+            if v is not None:
+                keys, _ = self.tail.read(index * self.chunk, self.chunk)
+                add_factored(h * rule.decay ** (waiting[-1] - index), keys, v.to(h.dtype), y)
+
+    def _waiting_values(self, index: int) -> Tensor | None:
+        """v of a complete chunk that is not written yet; None when its write will be skipped."""
+        place = self.tail.cached(index)
+        if index >= self.counts[DONE] + self.counts[CACHED]:
+            h, t = self.tail.read(index * self.chunk, self.chunk)
+            v, _, _ = self._prepared(h, t)
+            # A row of NaN says that the chunk is skipped: v of one that is not, is finite.
+            place.fill_(float("nan")) if v is None else place.copy_(v)
+            self.counts[CACHED] = index + 1 - self.counts[DONE]
+        return None if bool(place[0, 0].isnan()) else place
+
+    def _is_due(self, end: int) -> bool:
+        """Whether the next chunk will be R tokens old when the row has seen ``end`` tokens."""
+        return end - (self.counts[DONE] + 1) * self.chunk >= self.call.revocable
+
+    def _commit(self, end: int) -> None:
+        """Write the complete chunks that are due."""
+        counts, chunk = self.counts, self.chunk
+        while (counts[DONE] + 1) * chunk <= counts[SEEN] and self._is_due(end):
+            self._write(*self.tail.read(counts[DONE] * chunk, chunk), end)
+
+    def _prepared(self, h: Tensor, t: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """v of a chunk under the update controls (None: skipped), its h, and the write's exact norm."""
+        call, rule = self.call, self.call.spec.rule
+        # Under autocast the tail is kept in the weights' dtype and multiplied in the operands'.
+        h, t = h.to(call.h.dtype), t.to(call.t.dtype)
+        v, norm = limited(call.values(t), h, call.limit(), rule.keys == "unit")
+        if _finite(v) and _finite(h):
+            return v, h, norm
+        if rule.on_nonfinite == "skip":
+            return None, h, None
+        raise NonFiniteWriteError(
+            f"{call.spec.key}: chunk {self.counts[DONE]} would write NaN or Inf into the fast weights. The "
+            "write was not made, but this call is lost: restore the session from a snapshot or reset() it, "
+            'and lower lr, check the adapter, set max_write_norm, or pass on_nonfinite="skip"'
+        )
+
+    def _write(self, h: Tensor, t: Tensor, end: int) -> None:
+        """Deal with the next complete chunk, h ``[C, F]``, t ``[C, Dt]``."""
+        call, counts = self.call, self.counts
+        rule = call.spec.rule
+        if not call.still:
+            v, h, norm = self._prepared(h, t)
+            if v is None:
+                counts[SKIPPED] += 1
+                self.matrix.forget(rule.decay)
+            else:
+                final = end // self.chunk * self.chunk
+                self.matrix.write(v, h, rule.decay, factored=final <= call.factored_limit)
+                self._record(v, h, norm)
+        counts[DONE] += 1
+        counts[CACHED] = max(0, counts[CACHED] - 1)
+
+    def _record(self, v: Tensor, h: Tensor, norm: Tensor | None) -> None:
+        """Note the write's norm: exact under a limit, else the bound ``||v|| ||h||``."""
+        if norm is None:
+            written = _norm(v) * _norm(h)
         else:
-            out = workspace("step.v", (t.shape[0], self.spec.d_model), t.dtype)
-            v = torch.mm(v, self.proj * self.spec.lr, out=out)
-        # A finite norm proves that every entry is finite, in one pass; the product of two such in fp32 is.
-        if not (_finite(v) and _finite(h)):
-            raise NonFiniteWriteError(
-                f"{self.spec.key}: chunk {self.counts[SEEN] // self.spec.chunk} would write NaN or "
-                "Inf into the "
-                "fast weights. The write was not made, but this call is lost: restore the session from a "
-                "snapshot or reset() it, and lower lr or check the adapter"
-            )
-        self.w.write(v, h)
-        self.counts[WRITES] += 1
+            limit = self.call.limit()
+            assert limit is not None
+            self.counts[CLIPPED] += int(norm > limit)
+            written = torch.minimum(norm, limit.to(norm.dtype))
+        norms = self.call.state.norms[self.index]
+        norms[LAST] = written
+        norms[PEAK] = torch.maximum(norms[PEAK], written.to(norms.dtype))
+        norms[TOTAL] += written
+
+
+def _norm(x: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(x, dtype=state_dtype(x.dtype))
+    return norm
 
 
 def _finite(x: Tensor) -> bool:
-    norm = torch.linalg.vector_norm(x, dtype=state_dtype(x.dtype))
-    return bool(norm.isfinite())
+    # A finite norm proves that every entry is finite, in one pass; the product of two such in fp32 is.
+    return bool(_norm(x).isfinite())

@@ -1,0 +1,81 @@
+"""The tokens of one row that are not written yet: a ring of hidden and target rows.
+
+Token p of a document lies in column ``p mod (C + R)``, so nothing moves when a chunk is written, and taking
+tokens back is a matter of counters. Rows that share a past (beams, forks) read each other's lanes; a new
+entry goes to a lane of its column that no row reads. May be changed here: how entries are found; where they
+stand is :mod:`ttt_compiler.codegen.layout`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ttt_compiler.codegen.layout import DONE, SEEN, StateTensors
+
+
+class RowTail:
+    """One row's view of the ring.
+
+    Args:
+        table: ``rows`` as Python ints.
+        row: which of them.
+        state: the site's tensors.
+        chunk: C.
+    """
+
+    def __init__(self, table: list[list[int]], row: int, state: StateTensors, chunk: int) -> None:
+        self.table, self.row, self.me = table, row, table[row]
+        self.state = state
+        self.chunk = chunk
+        self.capacity = state.capacity
+        self.shared = state.lanes.shape[1] > 0
+
+    def append(self, h: Tensor, t: Tensor) -> None:
+        """Tokens SEEN, SEEN+1, ...: h ``[m, F]``, t ``[m, Dt]`` with m <= C."""
+        first, size = self.me[SEEN] % self.capacity, len(h)
+        if not self.shared:
+            head = min(size, self.capacity - first)
+            for tail, x in ((self.state.tail_h, h), (self.state.tail_t, t)):
+                tail[self.row, first : first + head] = x[:head]
+                if head < size:
+                    tail[self.row, : size - head] = x[head:]
+            return
+        columns = self._columns(self.me[SEEN], size)
+        lanes = self.free_lanes(columns)
+        self.state.lanes[self.row, columns] = lanes.to(torch.int32)
+        self.state.tail_h[lanes, columns] = h.to(self.state.tail_h.dtype)
+        self.state.tail_t[lanes, columns] = t.to(self.state.tail_t.dtype)
+
+    def read(self, start: int, size: int) -> tuple[Tensor, Tensor]:
+        """Tokens ``[start, start + size)`` of the document: h ``[size, F]`` and t ``[size, Dt]``."""
+        first = start % self.capacity
+        if not self.shared and first + size <= self.capacity:
+            span = slice(first, first + size)
+            return self.state.tail_h[self.row, span], self.state.tail_t[self.row, span]
+        columns = self._columns(start, size)
+        lanes = self.state.lanes[self.row, columns].long() if self.shared else self.row
+        return self.state.tail_h[lanes, columns], self.state.tail_t[lanes, columns]
+
+    def cached(self, index: int) -> Tensor:
+        """Room for v ``[C, D]`` of the complete, unwritten chunk ``index`` of the document."""
+        places = self.state.tail_v.shape[1] // self.chunk
+        start = index % places * self.chunk
+        return self.state.tail_v[self.row, start : start + self.chunk]
+
+    def _columns(self, start: int, size: int) -> Tensor:
+        return torch.arange(start, start + size) % self.capacity
+
+    def free_lanes(self, columns: Tensor) -> Tensor:
+        """Per column, this row's own lane, or else the first one that no other row reads there."""
+        used = torch.zeros(len(self.table), len(columns), dtype=torch.bool)
+        for row, counts in enumerate(self.table):
+            live = counts[SEEN] - counts[DONE] * self.chunk
+            if row == self.row or live == 0:
+                continue
+            age = (columns - counts[DONE] * self.chunk) % self.capacity
+            reads = torch.nonzero(age < live).flatten()
+            used[self.state.lanes[row, columns[reads]].long(), reads] = True
+        # argmin of bool: the first lane that is not used; there are as many lanes as rows.
+        free = used.to(torch.uint8).argmin(0)
+        return torch.where(used[self.row], free, self.row)

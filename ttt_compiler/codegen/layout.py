@@ -1,0 +1,89 @@
+"""Where a running sequence's numbers stand in the tensors of its site's state.
+
+A site's state is a table of L rows that own L slots and L lanes: a row is one sequence, ``w[slot]`` is the
+matrix it reads, ``lane`` is where an entry of its incomplete chunk lies. Rows refer to slots and lanes by
+number, so beams and forks share them, and since there are as many slots as rows, a row that must not
+overwrite what another one reads always finds a free slot. May be changed here: the layout, together with
+``fast_weight_step`` and the snapshot format.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Columns of ``rows``:
+SEEN = 0  # tokens since the document began
+DONE = 1  # complete chunks that are dealt with: written, skipped, or of a site that writes nothing
+WRITES = 2  # chunks that are in the matrix; 0 means that the row reads W0
+FACTORED = 3  # tokens kept as factored rows in the slot; 0 means that the slot holds W
+SLOT = 4
+SKIPPED = 5  # chunks whose write was left out because it was not finite
+CLIPPED = 6  # chunks whose write was scaled down
+CACHED = 7  # complete chunks not dealt with yet whose v stands in ``tail_v``
+COLUMNS = 8
+
+# Columns of ``norms``: Frobenius norms of writes since the document began.
+LAST, PEAK, TOTAL = range(3)
+
+
+class StateTensors(NamedTuple):
+    """State of one site.
+
+    Attributes:
+        w: ``[L, D, F]`` in the state's dtype: per slot W itself, or its storage filled with the rows
+            ``h [n, F]`` and ``v [n, D]`` of the ``n`` tokens written so far (see :func:`factored_rows`).
+        tail_h: ``[L, C + R, F]`` hidden rows that may still be needed: of the incomplete chunk, and of
+            complete ones that are younger than R tokens. Token p of a document lies in column p mod (C + R).
+        tail_t: ``[L, C + R, Dt]`` their target rows.
+        tail_v: ``[L, C * ceil(R / C), D]`` v of complete chunks that are not written yet.
+        lanes: int32 ``[L, C + R]``, which lane holds a row's entry; ``[L, 0]`` while every row uses its own.
+        rows: int64 ``[L, 8]``, the columns above.
+        norms: ``[L, 3]`` in the state's dtype.
+    """
+
+    w: Tensor
+    tail_h: Tensor
+    tail_t: Tensor
+    tail_v: Tensor
+    lanes: Tensor
+    rows: Tensor
+    norms: Tensor
+
+    @property
+    def capacity(self) -> int:
+        """Columns of the tail, C + R."""
+        return self.tail_h.shape[1]
+
+
+TENSORS = StateTensors._fields
+
+
+def factored_capacity(d_model: int, d_ff: int) -> int:
+    """N* = D F / (D + F): tokens whose (h, v) rows take no more room, and no more FLOPs, than W."""
+    return d_model * d_ff // (d_model + d_ff)
+
+
+def factored_limit(d_model: int, d_ff: int, batch: int) -> int:
+    """Tokens up to which a row of a batch stays factored.
+
+    In a batch of B all rows read W0 once and their own rows, so factored is cheaper while
+    ``N < (1 - 1/B) D F / (D + F)``. A sequence alone reads one matrix either way, and its W costs the same
+    as W0: it is never factored.
+    """
+    return factored_capacity(d_model, d_ff) * (batch - 1) // batch
+
+
+def factored_rows(slot: Tensor, dtype: torch.dtype, tokens: int) -> tuple[Tensor, Tensor]:
+    """Views of the factored rows in a slot ``[D, F]``: h ``[tokens, F]`` and v ``[tokens, D]``."""
+    d, f = slot.shape
+    flat = slot.view(-1).view(dtype)
+    start = factored_capacity(d, f) * f
+    return flat[: tokens * f].view(tokens, f), flat[start : start + tokens * d].view(tokens, d)
+
+
+def cached_rows(chunk: int, revocable: int) -> int:
+    """Rows of ``tail_v``: whole chunks that can be complete and younger than ``revocable`` tokens."""
+    return -(-revocable // chunk) * chunk
