@@ -22,12 +22,14 @@ if TYPE_CHECKING:
     from ttt_compiler.official import from_official as from_official
     from ttt_compiler.official import to_official as to_official
     from ttt_compiler.report import explain as explain
+    from ttt_compiler.runtime.pool import Pool as Pool
     from ttt_compiler.runtime.session import Session as Session
     from ttt_compiler.runtime.stats import stats as stats
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "Pool": "runtime.pool",
     "Session": "runtime.session",
     "TTTConfig": "config",
     "convert": "conversion",
@@ -45,6 +47,7 @@ _HOME = {
 }
 
 __all__ = [
+    "Pool",
     "Session",
     "TTTConfig",
     "convert",

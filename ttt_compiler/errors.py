@@ -64,6 +64,14 @@ class CropError(CacheError):
     """A rollback would have to undo a chunk that is already written."""
 
 
+class PoolError(TTTError):
+    """A pool cannot lend a sequence: unknown, in use, damaged, or beyond what was planned for it."""
+
+
+class PoolFullError(PoolError):
+    """A pool has no slot, and nowhere to put what holds one."""
+
+
 class PositionError(TTTError, ValueError):
     """Position ids or masks that do not describe contiguous documents."""
 

@@ -201,6 +201,7 @@ class Root:
             )
         if is_carrier(cache):
             self._check(cache.ttt, tokens.shape[0])
+            cache.ttt.admit(int(cache.get_seq_length()), tokens.shape[1])
         elif cache.get_seq_length() > 0:
             raise CacheError(
                 f"this cache holds {cache.get_seq_length()} tokens but no fast weights: it was made before "
@@ -238,7 +239,10 @@ class Root:
             yield
         except BaseException as e:
             if state is not None and _progress(state, cache) != before:
-                state.lost = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'no message'}"
+                state.lost = (
+                    f"a call failed half-way ({type(e).__name__}: {str(e).partition(chr(10))[0]}). Type "
+                    "session.reset(), or load what was saved before"
+                )
             raise
 
     def kind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[object, ...]:

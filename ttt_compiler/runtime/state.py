@@ -147,6 +147,9 @@ class FastWeightState:
             }
             self._sharers = weakref.WeakSet([self])
 
+    def admit(self, cached: int, tokens: int) -> None:
+        """Raise before a call of ``tokens`` more tokens that this state has no room for; a pool's may."""
+
     def select(self, rows: Tensor) -> None:
         """Sequence i becomes sequence ``rows[i]`` (int64 ``[B']``): beam reorder, batch selection.
 
@@ -271,8 +274,7 @@ def check_fits(
     fresh = "Start a new one: ttt.Session(model), or leave past_key_values out"
     if state.lost is not None:
         raise CacheError(
-            f"these sequences were lost in the middle of an earlier call ({state.lost}). Type "
-            "session.reset(), or load what was saved before"
+            f"these sequences can no longer be used: {state.lost}"
         )
     if state.signature != tuple(s.encode() for s in specs):
         raise CacheError(f"this cache carries the fast weights of another model or configuration. {fresh}")

@@ -1,0 +1,501 @@
+"""A bounded pool of sequences for servers: slots, a budget, and a place for those that wait.
+
+All sequences of a pool share one set of tables, so a batch of any of them is a tensor of row numbers and no
+graph is compiled again when the members of a batch change. May be changed here: who gets a slot, who loses
+it, and where it waits. Lending for a block (:meth:`Pool.use`) is the only door, so that nothing is taken
+from a call that runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ttt_compiler.codegen.layout import CACHED, SLOT
+from ttt_compiler.errors import CacheError, PoolError, PoolFullError, SnapshotError
+from ttt_compiler.runtime import snapshot
+from ttt_compiler.runtime.cache import attach_state
+from ttt_compiler.runtime.join import joined, split
+from ttt_compiler.runtime.layers import fork_cache, layer_bytes
+from ttt_compiler.runtime.root import Root, require_root
+from ttt_compiler.runtime.rows import Row, export_row, import_row
+from ttt_compiler.runtime.session import Session
+from ttt_compiler.runtime.state import FastWeightState, bytes_per_sequence
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
+SUFFIX = ".ttt"
+
+
+@dataclass
+class _Sequence:
+    """What the pool knows of one sequence: exactly one of row, parked, on_disk says where it is."""
+
+    name: str
+    cache: Any
+    row: int | None = None
+    parked: dict[str, Row] | None = None
+    on_disk: bool = False
+    lent: bool = False
+    lost: str | None = None
+    used: int = 0
+    tokens: list[int] = field(default_factory=list)
+
+
+class Pool:
+    """A bounded number of sequences of one model, kept by name.
+
+    ```python
+    pool = ttt.Pool(model, sequences=8, context=4096, disk="sessions")
+    with pool.use("alice", "bob") as batch:
+        model(ids, attention_mask=batch.attention_mask(ids.shape[1]), past_key_values=batch.cache)
+    ```
+
+    Args:
+        model: a converted model.
+        sequences: slots: how many sequences can run at once.
+        memory: instead of ``sequences``, a budget in bytes for fast weights and full contexts of keys and
+            values.
+        context: most tokens whose keys and values one sequence may keep; default the model's own limit.
+        parked_memory: bytes of memory for sequences without a slot.
+        disk: folder for those beyond that; sequences found there are part of the pool.
+        revocable: how many of the last tokens can be taken back across a chunk's end.
+
+    Raises:
+        PoolError: the budget does not hold a single sequence, or the arguments contradict each other.
+        NotConvertedError: the model carries no fast weights.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sequences: int | None = None,
+        *,
+        memory: int | None = None,
+        context: int | None = None,
+        parked_memory: int = 0,
+        disk: str | os.PathLike[str] | None = None,
+        revocable: int = 0,
+    ) -> None:
+        self.model, self._root = require_root(model)
+        self.context = context if context is not None else _own_context(self.model)
+        self.bytes_per_sequence = _bytes(self._root, self.model, self.context, revocable)
+        self.capacity = _capacity(sequences, memory, self.bytes_per_sequence)
+        self.parked_memory = parked_memory
+        self.disk = None if disk is None else Path(disk)
+        like = self._root.like(self._root.specs[0])
+        self._tables = FastWeightState.zeros(
+            self._root.specs, self.capacity, like.dtype, like.device, None, revocable, shared_lanes=True
+        )
+        self._free = list(range(self.capacity))
+        self._sequences: dict[str, _Sequence] = {}
+        self._changed = threading.Condition()
+        self._tick = 0
+        if self.disk is not None:
+            self.disk.mkdir(parents=True, exist_ok=True)
+            for path in sorted(self.disk.glob(f"*{SUFFIX}")):
+                if _NAME.fullmatch(path.stem):
+                    self._sequences[path.stem] = _Sequence(path.stem, None, on_disk=True)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._sequences
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    @property
+    def names(self) -> list[str]:
+        """All sequences, wherever they are."""
+        return sorted(self._sequences)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are held now: tables, keys and values, parked sequences."""
+        known = list(self._sequences.values())
+        parked = sum(x.nbytes for s in known if s.parked for row in s.parked.values() for x in row.values())
+        return self._tables.nbytes + parked + sum(layer_bytes(s.cache) for s in known if s.cache is not None)
+
+    def where(self, name: str) -> str:
+        """``"slot"``, ``"parked"`` or ``"disk"``.
+
+        Raises:
+            PoolError: no such sequence.
+        """
+        sequence = self._known(name)
+        return "slot" if sequence.row is not None else "disk" if sequence.on_disk else "parked"
+
+    @contextlib.contextmanager
+    def use(self, *names: str, wait: float | None = 0.0) -> Iterator[PooledSession]:
+        """Lend sequences for a block as one batch, in this order; new names begin at the slow weights.
+
+        Args:
+            names: one or more, each once.
+            wait: seconds to wait for sequences and slots that others hold; None waits for ever.
+
+        Raises:
+            PoolFullError: there are not as many slots, or they are all lent.
+            PoolError: a name is lent already, given twice, or no name.
+        """
+        members = self._lend(names, wait)
+        try:
+            session = self._session(members)
+            try:
+                yield session
+            finally:
+                self._take_back(members, session)
+        finally:
+            with self._changed:
+                for member in members:
+                    member.lent = False
+                self._changed.notify_all()
+
+    def fork(self, name: str, branch: str) -> None:
+        """A new sequence ``branch`` that stands where ``name`` stands; it shares memory until it writes.
+
+        Raises:
+            PoolError: ``branch`` exists, or ``name`` does not.
+            PoolFullError: no slot can be had.
+        """
+        self._known(name)
+        if branch in self:
+            raise PoolError(f"{branch!r} exists already: pool.close({branch!r}) first, or choose another name")
+        source, target = self._lend((name, branch), 0.0)
+        try:
+            with self._root.lock:
+                for site in self._tables.sites.values():
+                    for table in (site.rows, site.lanes, site.norms):
+                        table[target.row] = table[source.row]
+                    site.rows[target.row, CACHED] = 0
+            target.cache, target.lost = fork_cache(source.cache), source.lost
+        finally:
+            with self._changed:
+                source.lent = target.lent = False
+                self._changed.notify_all()
+
+    def close(self, name: str) -> None:
+        """Forget a sequence, its file included.
+
+        Raises:
+            PoolError: no such sequence, or it is lent.
+        """
+        with self._changed:
+            sequence = self._known(name)
+            self._refuse_lent(sequence)
+            self._vacate(sequence)
+            if self.disk is not None:
+                self._path(name).unlink(missing_ok=True)
+            del self._sequences[name]
+            self._changed.notify_all()
+
+    def save(self, name: str) -> None:
+        """Write a sequence to ``disk`` now, and keep it where it is.
+
+        Raises:
+            PoolError: the pool has no folder, or the sequence is lent.
+        """
+        with self._changed:
+            sequence = self._known(name)
+            self._refuse_lent(sequence)
+            self._write(sequence)
+
+    def _known(self, name: str) -> _Sequence:
+        if name not in self._sequences:
+            raise PoolError(f"there is no sequence {name!r}; with pool.use({name!r}) begins one")
+        return self._sequences[name]
+
+    @staticmethod
+    def _refuse_lent(sequence: _Sequence) -> None:
+        if sequence.lent:
+            raise PoolError(f"{sequence.name!r} is in use: leave its block first")
+
+    def _path(self, name: str) -> Path:
+        assert self.disk is not None
+        return self.disk / f"{name}{SUFFIX}"
+
+    def _lend(self, names: tuple[str, ...], wait: float | None) -> list[_Sequence]:
+        """Every named sequence in a slot, and marked as lent; all or none."""
+        self._check_names(names)
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._can_lend(names), wait):
+                busy = [n for n in names if n in self and self._sequences[n].lent]
+                if busy:
+                    raise PoolError(f"{busy[0]!r} is in use by another block; pass wait= to wait for it")
+                raise PoolFullError(
+                    f"{len(names)} sequences need slots and {self.capacity} slots are lent to others; pass "
+                    "wait= to wait, or build the pool with more sequences="
+                )
+            made = [n for n in names if n not in self]
+            for name in made:
+                cache = None if self._root.make_cache is None else self._root.make_cache()
+                self._sequences[name] = _Sequence(name, cache)
+            members = [self._sequences[n] for n in names]
+            for member in members:
+                member.lent = True
+            try:
+                for member in members:
+                    self._seat(member)
+            except BaseException:
+                for member in members:
+                    member.lent = False
+                for name in made:
+                    self._vacate(self._sequences.pop(name))
+                raise
+            return members
+
+    def _check_names(self, names: tuple[str, ...]) -> None:
+        if not names or len(set(names)) != len(names):
+            raise PoolError("name one or more sequences, each once")
+        for name in names:
+            if not isinstance(name, str) or not _NAME.fullmatch(name):
+                raise PoolError(
+                    f"{name!r} is no name for a sequence: 1 to 64 letters, digits, '_', '-', '.', not "
+                    "beginning with '.' or '-'"
+                )
+        if len(names) > self.capacity:
+            raise PoolFullError(
+                f"a batch of {len(names)} does not fit a pool of {self.capacity}: use fewer, or build the "
+                "pool with more sequences="
+            )
+
+    def _can_lend(self, names: tuple[str, ...]) -> bool:
+        held = {s.name for s in self._sequences.values() if s.lent}
+        return held.isdisjoint(names) and len(held) + len(names) <= self.capacity
+
+    def _seat(self, sequence: _Sequence) -> None:
+        """Give a sequence a slot, from the least recently used one that is not lent when none is free."""
+        self._tick += 1
+        sequence.used = self._tick
+        if sequence.row is not None:
+            return
+        loaded = self._read(sequence) if sequence.on_disk else None
+        if not self._free:
+            idle = [s for s in self._sequences.values() if s.row is not None and not s.lent]
+            self._park(min(idle, key=lambda s: s.used))
+        row = self._free.pop()
+        with self._root.lock:
+            seat = FastWeightState(self._root.specs, self._tables.sites, torch.tensor([row]))
+            seat.reset()
+            rows = sequence.parked or {}
+            if loaded is not None:
+                state, sequence.cache = loaded
+                rows = {s.key: export_row(state, s.key, 0) for s in self._root.specs}
+            for spec in self._root.specs:
+                if spec.key in rows:
+                    import_row(seat, spec, 0, rows[spec.key])
+        sequence.row, sequence.parked, sequence.on_disk = row, None, False
+
+    def _vacate(self, sequence: _Sequence) -> None:
+        if sequence.row is None:
+            return
+        with self._root.lock:
+            FastWeightState(self._root.specs, self._tables.sites, torch.tensor([sequence.row])).reset()
+        self._free.append(sequence.row)
+        sequence.row = None
+
+    def _park(self, sequence: _Sequence) -> None:
+        """Take the slot of an idle sequence; it waits in memory, or on disk."""
+        rows = self._rows(sequence)
+        size = sum(x.nbytes for row in rows.values() for x in row.values())
+        if self._parked_bytes() + size <= self.parked_memory:
+            self._vacate(sequence)
+            sequence.parked = {k: {n: x.clone() for n, x in row.items()} for k, row in rows.items()}
+            return
+        if self.disk is None:
+            raise PoolFullError(
+                f"all {self.capacity} slots are taken and parked_memory={self.parked_memory} has no room for "
+                f"{size} bytes of {sequence.name!r}: pool.close(name) one, or build the pool with disk= or "
+                "more parked_memory="
+            )
+        self._write(sequence)
+        self._vacate(sequence)
+        sequence.cache, sequence.on_disk = None, True
+
+    def _parked_bytes(self) -> int:
+        parked = (s.parked for s in self._sequences.values() if s.parked)
+        return sum(x.nbytes for rows in parked for row in rows.values() for x in row.values())
+
+    def _rows(self, sequence: _Sequence) -> dict[str, Row]:
+        """A sequence's fast weights, as views while it has a slot."""
+        if sequence.parked is not None:
+            return sequence.parked
+        seat = FastWeightState(self._root.specs, self._tables.sites, torch.tensor([sequence.row]))
+        return {s.key: export_row(seat, s.key, 0) for s in self._root.specs}
+
+    def _write(self, sequence: _Sequence) -> None:
+        if self.disk is None:
+            raise PoolError("this pool has no folder: build it with disk=")
+        if sequence.on_disk:
+            return
+        if sequence.lost is not None:
+            raise PoolError(f"{sequence.name!r} cannot be saved: {sequence.lost}. Type pool.close(name)")
+        with self._root.lock:
+            state = self._private(sequence)
+            snapshot.save(self._path(sequence.name), self.model, self._root, state, sequence.cache)
+
+    def _private(self, sequence: _Sequence) -> FastWeightState:
+        """A sequence in tables of its own."""
+        state = self._root.new_state(1, self._tables.revocable)
+        for spec in self._root.specs:
+            import_row(state, spec, 0, self._rows(sequence)[spec.key])
+        return state
+
+    def _read(self, sequence: _Sequence) -> tuple[FastWeightState, Any]:
+        try:
+            loaded = Session.load(self.model, self._path(sequence.name))
+        except SnapshotError as e:
+            raise PoolError(f"{sequence.name!r} cannot be read back: {e}. Type pool.close(name)") from e
+        if loaded.state.revocable > self._tables.revocable:
+            raise PoolError(
+                f"{sequence.name!r} was saved with {loaded.state.revocable} revocable tokens: build the pool "
+                f"with revocable={loaded.state.revocable}"
+            )
+        return loaded.state, loaded.cache
+
+    def _session(self, members: list[_Sequence]) -> PooledSession:
+        for member in members:
+            if member.lost is not None:
+                raise PoolError(f"{member.name!r} cannot go on: {member.lost}. Type pool.close(name)")
+        rows = torch.tensor([m.row for m in members], device=self._tables.device)
+        state = PooledState(self._tables, rows, self._root.owner(), self.context)
+        cache, padding = None, [0] * len(members)
+        if self._root.make_cache is not None:
+            cache, padding = joined([m.cache for m in members], self._root.make_cache)
+            attach_state(cache, state)
+        return PooledSession(self.model, self._root, state, cache, [m.name for m in members], padding)
+
+    def _take_back(self, members: list[_Sequence], session: PooledSession) -> None:
+        state = session.state
+        assert isinstance(state, PooledState)
+        for member in members:
+            member.lost = state.lost
+        if session.cache is not None and self._root.make_cache is not None:
+            caches = split(session.cache, session.padding, self._root.make_cache)
+            for member, cache in zip(members, caches, strict=True):
+                member.cache = cache
+        state.lost = "the pool has taken its slots back; lend it again: with pool.use(name) as session"
+
+
+class PooledState(FastWeightState):
+    """Sequences that a pool has lent: rows of its tables."""
+
+    def __init__(self, tables: FastWeightState, rows: Tensor, owner: object, context: int | None) -> None:
+        super().__init__(tables.specs, tables.sites, rows, owner)
+        self.context = context
+
+    def own(self) -> None:
+        """The tables are the pool's, and rows of others are never touched."""
+
+    def admit(self, cached: int, tokens: int) -> None:
+        """Raise before a call whose keys and values would not fit what the pool has planned for.
+
+        Raises:
+            PoolError: naming the limit.
+        """
+        if self.context is not None and cached + tokens > self.context:
+            raise PoolError(
+                f"{cached} tokens are cached and {tokens} more are to come, but this pool holds "
+                f"{self.context} per sequence. Build it with a larger context=, or session.evict(keep=...)"
+            )
+
+    def clone(self) -> FastWeightState:
+        """A copy in tables of its own: a fork of a lent sequence leaves the pool."""
+        device = self.device
+        other = FastWeightState.zeros(
+            self.specs, self.batch_size, self.dtype, device, self.owner, self.revocable
+        )
+        for spec in self.specs:
+            for b in range(self.batch_size):
+                import_row(other, spec, b, export_row(self, spec.key, b))
+        other.lost = self.lost
+        return other
+
+    def select(self, rows: Tensor) -> None:
+        """Only an order of the same sequences: others would need slots of the pool."""
+        if sorted(rows.tolist()) != list(range(self.batch_size)):
+            raise CacheError(
+                "beams and repeated sequences need rows of their own, which a pool does not lend: generate on "
+                "session.fork(), which leaves the pool"
+            )
+        self.batch = self.batch[rows.to(self.device)]
+
+    def keep_revocable(self, tokens: int) -> None:
+        """Raise unless the pool was built for it."""
+        if tokens > self.revocable:
+            raise CacheError(
+                f"{tokens} tokens must stay revocable and this pool keeps {self.revocable}: build it with "
+                f"revocable={tokens}"
+            )
+
+
+class PooledSession(Session):
+    """One or more sequences of a pool, as one batch; good for the block that it was lent for.
+
+    Attributes:
+        names: the sequences, in the order of the batch.
+        padding: per sequence, how many positions of the cache in front of its tokens are empty.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        root: Root,
+        state: FastWeightState,
+        cache: Any,
+        names: list[str],
+        padding: list[int],
+    ) -> None:
+        self.model, self._root, self._state, self.cache = model, root, state, cache
+        self.names, self.padding = names, padding
+
+    def attention_mask(self, new_tokens: int) -> Tensor:
+        """int64 ``[B, cached + new_tokens]``: 0 where the cache is empty in front of a sequence."""
+        width = (0 if self.cache is None else int(self.cache.get_seq_length())) + new_tokens
+        place = torch.arange(width)[None]
+        return (place >= torch.tensor(self.padding)[:, None]).long()
+
+    def evict(self, keep: int, sink: int = 0) -> None:
+        """As :meth:`Session.evict`; of sequences of different lengths, one at a time."""
+        if any(self.padding):
+            raise CacheError("sequences of different lengths are evicted one at a time: pool.use(name)")
+        super().evict(keep, sink)
+
+
+def _own_context(model: nn.Module) -> int | None:
+    config = getattr(model, "config", None)
+    return getattr(config, "max_position_embeddings", None)
+
+
+def _bytes(root: Root, model: nn.Module, context: int | None, revocable: int) -> int:
+    """Bytes of one sequence: fast weights, and keys and values of a full context."""
+    dtype = root.like(root.specs[0]).dtype
+    fast = bytes_per_sequence(root.specs, dtype, revocable=revocable, shared_lanes=True)
+    if root.make_cache is None:
+        return fast
+    from ttt_compiler.runtime.cache_size import cache_bytes
+
+    if context is None:
+        raise PoolError("this model names no limit of tokens: pass context=, what one sequence may keep")
+    return fast + cache_bytes(model.config, context, dtype)
+
+
+def _capacity(sequences: int | None, memory: int | None, each: int) -> int:
+    if (sequences is None) == (memory is None):
+        raise PoolError("pass either sequences= or memory=")
+    if memory is not None:
+        if memory < each:
+            raise PoolError(
+                f"one sequence takes {each} bytes and memory={memory}: give more, or a smaller context="
+            )
+        return memory // each
+    assert sequences is not None
+    if isinstance(sequences, bool) or not isinstance(sequences, int) or sequences < 1:
+        raise PoolError(f"sequences={sequences!r} must be an integer of at least 1")
+    return sequences
