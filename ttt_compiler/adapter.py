@@ -36,13 +36,14 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
 
     Raises:
         NotConvertedError: the model carries no fast weights.
+        AdapterError: a file cannot be written; the one that stood there is untouched.
     """
     root = require_root(model)[1]
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
     header = {"format": FORMAT, "version": VERSION, "sites": [s.encode() for s in root.specs]}
-    write_tensors(path / TENSOR_FILE, _parameters(root), header)
-    write_json(path / CONFIG_FILE, {"format": FORMAT, **root.config.to_dict()})
+    write_tensors(path / TENSOR_FILE, _parameters(root), header, AdapterError)
+    write_json(path / CONFIG_FILE, {"format": FORMAT, **root.config.to_dict()}, AdapterError)
     return path
 
 

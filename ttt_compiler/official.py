@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ttt_compiler.config import TTTConfig
 from ttt_compiler.conversion import convert
 from ttt_compiler.errors import LayerSelectionError, OfficialCheckpointError
-from ttt_compiler.runtime.files import read_json, read_tensors, replacing, write_json
+from ttt_compiler.runtime.files import read_json, read_tensors, write_json, write_tensors
 from ttt_compiler.runtime.root import Root, require_root
 from ttt_compiler.spec import CONV, PROJ
 
@@ -67,11 +67,9 @@ def to_official(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
 
     Raises:
         OfficialCheckpointError: the official code has no model file for this architecture, or cannot
-            express this configuration.
+            express this configuration; or a file cannot be written.
         NotConvertedError: the model carries no fast weights.
     """
-    from safetensors.torch import save_file
-
     module, root = require_root(model)
     hf_config: Any = module.config
     blocks = _blocks(module, root)
@@ -84,7 +82,7 @@ def to_official(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
         if leaf in (CONV, PROJ):
             name = f"{owner.removesuffix(_DOWN)}.{leaf}.weight"
         if name not in skip:
-            tensors[name] = value.detach().cpu().contiguous().clone()
+            tensors[name] = value
     config = hf_config.to_dict() | {
         "ttt_layers": blocks,
         "ttt_mode": True,
@@ -93,9 +91,8 @@ def to_official(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
         "ttt_chunk": root.config.chunk_size,
         "ttt_target": root.config.target,
     }
-    with replacing(path / "model.safetensors") as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
-    write_json(path / "config.json", config)
+    write_tensors(path / "model.safetensors", tensors, {}, OfficialCheckpointError)
+    write_json(path / "config.json", config, OfficialCheckpointError)
     return path
 
 

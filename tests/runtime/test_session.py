@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import errno
 import pickle
-import struct
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 
 import ttt_compiler as ttt
 from tests import models
+from tests.runtime import hostile
 from tests.tolerances import SEGMENTATION, relative_error
 from ttt_compiler.errors import CacheError, NotConvertedError, SnapshotError
 from ttt_compiler.runtime.rows import export_row
@@ -138,20 +138,11 @@ class TestHostileFiles:
 
     @staticmethod
     def edit(path, change):
-        """Rewrite the header of a safetensors file."""
-        raw = path.read_bytes()
-        size = struct.unpack("<Q", raw[:8])[0]
-        header = json.loads(raw[8 : 8 + size])
-        change(header)
-        text = json.dumps(header).encode()
-        path.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + size :])
+        """Rewrite the header of a safetensors file, with a checksum that fits."""
+        hostile.edit(path, change)
 
     def meta(self, path, **values):
-        def change(header):
-            ours = json.loads(header["__metadata__"]["ttt"]) | values
-            header["__metadata__"]["ttt"] = json.dumps(ours)
-
-        self.edit(path, change)
+        hostile.edit_ours(path, **values)
 
     def test_truncated(self, model, path):
         path.write_bytes(path.read_bytes()[:-100])
@@ -261,11 +252,8 @@ class TestHostileFiles:
     def test_a_failed_save_keeps_the_old_file(self, model, path, monkeypatch):
         before = path.read_bytes()
         session = ttt.Session(model)
-        monkeypatch.setattr(
-            "safetensors.torch.save_file",
-            lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")),
-        )
-        with pytest.raises(OSError, match="disk full"):
+        monkeypatch.setattr("os.fsync", lambda *a: (_ for _ in ()).throw(OSError(errno.ENOSPC, "disk full")))
+        with pytest.raises(SnapshotError, match=r"disk full.*nothing was changed"):
             session.save(path)
         assert path.read_bytes() == before
         assert [p.name for p in path.parent.iterdir()] == ["s.ttt"]

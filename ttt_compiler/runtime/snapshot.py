@@ -50,7 +50,7 @@ def save(
         "batch_size": state.batch_size,
         "revocable": state.revocable,
     }
-    write_tensors(path, tensors, header)
+    write_tensors(path, tensors, header, SnapshotError, private=True)
 
 
 def load(
