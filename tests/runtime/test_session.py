@@ -13,7 +13,8 @@ import ttt_compiler as ttt
 from tests import models
 from tests.runtime import hostile
 from tests.tolerances import SEGMENTATION, relative_error
-from ttt_compiler.errors import CacheError, NotConvertedError, SnapshotError
+from ttt_compiler.errors import CacheError, ConfigError, NotConvertedError, SnapshotError
+from ttt_compiler.runtime.files import read_header
 from ttt_compiler.runtime.rows import export_row
 from ttt_compiler.runtime.state import bytes_per_sequence
 
@@ -75,6 +76,31 @@ def test_a_session_of_format_version_1_is_read(model):
     assert loaded.tokens_seen == [10, 10]
     oracle = models.oracle(model, torch.cat([models.ids(2, 10), tokens], 1))[:, 10:]
     assert relative_error(read(model, tokens, loaded), oracle) < SEGMENTATION
+
+
+@pytest.mark.parametrize(("method", "bound"), [("bf16", 2**-8), ("int8", 0.02), ("lowrank:4", 0.9)])
+def test_a_smaller_file_says_what_it_loses(model, tmp_path, method, bound):
+    session = ttt.Session(model)
+    read(model, models.ids(1, 41), session)
+    session.save(tmp_path / "whole.ttt")
+    session.save(tmp_path / "small.ttt", compress=method)
+    assert (tmp_path / "small.ttt").stat().st_size < 0.8 * (tmp_path / "whole.ttt").stat().st_size
+    said = read_header(tmp_path / "small.ttt", SnapshotError)[0]["compress"]
+    loaded = ttt.Session.load(model, tmp_path / "small.ttt")
+    assert said["method"] == method
+    for spec in session.state.specs:
+        w0 = session.weight(spec)
+        exact = session.state.matrix(spec.key, 0, w0) - w0
+        error = (loaded.state.matrix(spec.key, 0, w0) - w0 - exact).norm() / exact.norm()
+        assert 0 < error < bound
+        assert abs(said["relative_errors"][f"{spec.key}.0"] - float(error)) < 1e-3 * bound
+    assert loaded.tokens_seen == [41]
+
+
+def test_an_unknown_compression(model, tmp_path):
+    with pytest.raises(ConfigError, match="lowrank:r"):
+        ttt.Session(model).save(tmp_path / "s.ttt", compress="zip")
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_empty_session_round_trips(model, tmp_path):
@@ -192,7 +218,7 @@ class TestHostileFiles:
             header["cache.0.other"] = header.pop("cache.0.keys")
 
         self.edit(path, rename)
-        with pytest.raises(SnapshotError, match="unexpected tensor"):
+        with pytest.raises(SnapshotError, match="lacks its keys"):
             ttt.Session.load(model, path)
 
     @pytest.mark.parametrize("index", ["²", "-1", "7"])
@@ -202,7 +228,7 @@ class TestHostileFiles:
                 header[f"cache.{index}.{part}"] = header.pop(f"cache.1.{part}")
 
         self.edit(path, rename)
-        with pytest.raises(SnapshotError, match="missing layer"):
+        with pytest.raises(SnapshotError, match="lacks its keys"):
             ttt.Session.load(model, path)
 
     def test_keys_of_other_heads(self, model, path):
@@ -213,7 +239,7 @@ class TestHostileFiles:
                 entry["shape"] = [b, heads * 2, length, width // 2]
 
         self.edit(path, reshape)
-        with pytest.raises(SnapshotError, match="do not fit this model"):
+        with pytest.raises(SnapshotError, match="does not fit this model"):
             ttt.Session.load(model, path)
 
     def test_nan_in_the_state(self, model, path):

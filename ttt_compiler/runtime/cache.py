@@ -85,6 +85,22 @@ def evict(layers: Iterable[Any], keep: int, sink: int) -> None:
             setattr(layer, name, x.contiguous())
 
 
+def plain_layers(cache: Any) -> list[Any]:
+    """The layers of a cache that keeps all keys and values in plain tensors.
+
+    Raises:
+        CacheError: it keeps them in another way (sliding window, static, quantised, recurrent).
+    """
+    layers = [] if cache is None else list(cache.layers)
+    for layer in layers:
+        if type(layer).__name__ != "DynamicLayer":
+            raise CacheError(
+                f"cache layers of type {type(layer).__name__} cannot be cut or joined here; use a "
+                "DynamicCache of a model with full attention"
+            )
+    return layers
+
+
 def is_carrier(cache: Any) -> bool:
     """Whether ``cache`` carries fast weights."""
     return isinstance(cache, FastWeightCache)

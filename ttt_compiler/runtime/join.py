@@ -10,11 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ttt_compiler.errors import CacheError
-from ttt_compiler.runtime.snapshot import plain_layers
+from ttt_compiler.runtime.cache import plain_layers
 
 
 def joined(caches: Sequence[Any], make: Callable[[], Any]) -> tuple[Any, list[int]]:
@@ -27,7 +25,7 @@ def joined(caches: Sequence[Any], make: Callable[[], Any]) -> tuple[Any, list[in
     """
     if len(caches) == 1:
         return caches[0], [0]
-    layers = [plain_layers(cache, CacheError) for cache in caches]
+    layers = [plain_layers(cache) for cache in caches]
     lengths = [int(cache.get_seq_length()) for cache in caches]
     width = max(lengths)
     out = make()
@@ -44,7 +42,7 @@ def split(cache: Any, padding: Sequence[int], make: Callable[[], Any]) -> list[A
     """The rows of a cache of :func:`joined` as caches of their own, without the empty positions."""
     if len(padding) == 1:
         return [cache]
-    layers = plain_layers(cache, CacheError)
+    layers = plain_layers(cache)
     out = []
     for row, empty in enumerate(padding):
         own = make()

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ttt_compiler.codegen.layout import CACHED, SLOT
+from ttt_compiler.codegen.layout import CACHED
 from ttt_compiler.errors import CacheError, PoolError, PoolFullError, SnapshotError
 from ttt_compiler.runtime import snapshot
 from ttt_compiler.runtime.cache import attach_state
@@ -166,7 +166,9 @@ class Pool:
         """
         self._known(name)
         if branch in self:
-            raise PoolError(f"{branch!r} exists already: pool.close({branch!r}) first, or choose another name")
+            raise PoolError(
+                f"{branch!r} exists already: pool.close({branch!r}) first, or choose another name"
+            )
         source, target = self._lend((name, branch), 0.0)
         try:
             with self._root.lock:
@@ -421,8 +423,8 @@ class PooledState(FastWeightState):
         """Only an order of the same sequences: others would need slots of the pool."""
         if sorted(rows.tolist()) != list(range(self.batch_size)):
             raise CacheError(
-                "beams and repeated sequences need rows of their own, which a pool does not lend: generate on "
-                "session.fork(), which leaves the pool"
+                "beams and repeated sequences need rows of their own, which a pool does not lend: generate "
+                "on session.fork(), which leaves the pool"
             )
         self.batch = self.batch[rows.to(self.device)]
 

@@ -6,7 +6,6 @@ format to ``snapshot.py``.
 
 from __future__ import annotations
 
-import copy
 import os
 from typing import Any
 
@@ -14,7 +13,8 @@ from torch import Tensor, nn
 
 from ttt_compiler.errors import CacheError
 from ttt_compiler.runtime import snapshot
-from ttt_compiler.runtime.cache import attach_state, evict
+from ttt_compiler.runtime.cache import attach_state, evict, plain_layers
+from ttt_compiler.runtime.layers import fork_cache, layer_bytes
 from ttt_compiler.runtime.root import require_root
 from ttt_compiler.runtime.state import FastWeightState
 from ttt_compiler.spec import SiteSpec
@@ -83,22 +83,25 @@ class Session:
 
     def describe(self) -> dict[str, Any]:
         """Size and position of the session, JSON-ready."""
-        layers = [] if self.cache is None else [x for x in self.cache.layers if x.is_initialized]
         return {
             "batch_size": self.batch_size,
             "tokens_seen": self.tokens_seen,
             "chunks_written": self.state.chunks_written,
             "cached_tokens": 0 if self.cache is None else int(self.cache.get_seq_length()),
             "fast_weight_bytes": self.state.nbytes,
-            "cache_bytes": sum(x.keys.nbytes + x.values.nbytes for x in layers),
+            "cache_bytes": layer_bytes(self.cache),
         }
 
     def fork(self) -> Session:
-        """An independent session that stands where this one stands."""
+        """An independent session that stands where this one stands.
+
+        It shares memory with this one until either runs: a prefix that is only read costs nothing.
+        """
         other = object.__new__(Session)
         other.model, other._root = self.model, self._root
-        other._state = self._state.clone() if self.cache is None else self._state
-        other.cache = copy.deepcopy(self.cache)
+        other._state, other.cache = self.state.clone(), None
+        if self.cache is not None:
+            other.cache = attach_state(fork_cache(self.cache), other._state)
         return other
 
     def reset(self) -> None:
@@ -119,29 +122,44 @@ class Session:
         """
         if keep < 0 or sink < 0:
             raise CacheError(f"evict(keep={keep}, sink={sink}): both must be at least 0")
-        evict(snapshot.plain_layers(self.cache, CacheError), keep, sink)
+        evict(plain_layers(self.cache), keep, sink)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], *, compress: str | None = None) -> None:
         """Write the session to ``path`` (safetensors with a JSON header), replacing a file atomically.
 
+        Args:
+            path: the file.
+            compress: a smaller, lossy form of what was written: ``"bf16"``, ``"int8"``, ``"lowrank:r"``. The
+                file's header says what each fast weight loses. Keys and values are kept as they are.
+
         Raises:
-            SnapshotError: the cache holds layers that cannot be saved yet; an existing file is untouched.
+            ConfigError: unknown ``compress``.
+            SnapshotError: the cache holds layers that cannot be saved, or the disk refuses; an existing file
+                is untouched.
         """
-        snapshot.save(path, self.model, self._root, self.state, self.cache)
+        snapshot.save(path, self.model, self._root, self.state, self.cache, compress)
 
     @classmethod
-    def load(cls, model: nn.Module, path: str | os.PathLike[str]) -> Session:
+    def load(cls, model: nn.Module, path: str | os.PathLike[str], *, cache: Any = None) -> Session:
         """Read a session that :meth:`save` wrote, bit for bit.
+
+        Args:
+            model: the model that it was saved with.
+            path: the file.
+            cache: an empty cache to fill, for a session of another kind than a new one has (a StaticCache).
 
         Raises:
             SnapshotError: damaged, hostile, of another version, or of another model.
             NotConvertedError: the model carries no fast weights.
         """
         module, root = require_root(model)
-        state, fill = snapshot.load(path, module, root)
-        session = cls(module, state.batch_size)
-        session._state = state
-        if session.cache is not None:
-            session.cache.ttt = state
-            fill(session.cache)
+        if cache is None and root.make_cache is not None:
+            cache = root.make_cache()
+        loaded = snapshot.load(path, module, root, cache)
+        session = object.__new__(cls)
+        session.model, session._root, session._state = module, root, loaded.state
+        session.cache = None
+        if cache is not None:
+            loaded.fill(cache)
+            session.cache = attach_state(cache, loaded.state)
         return session

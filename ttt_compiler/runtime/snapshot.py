@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ttt_compiler.codegen.layout import COLUMNS
-from ttt_compiler.errors import SnapshotError, TTTError
+from ttt_compiler.errors import SnapshotError, UnsupportedModelError
+from ttt_compiler.runtime.compress import Method, decode, encode, expected_tensors, parse_method
 from ttt_compiler.runtime.files import expect_tensors, read_tensors, write_tensors
 from ttt_compiler.runtime.fingerprint import fingerprint
+from ttt_compiler.runtime.layers import check_layers, export_layers, fill_layers
 from ttt_compiler.runtime.root import Root
 from ttt_compiler.runtime.rows import Row, export_row, import_row, row_layout
-from ttt_compiler.runtime.snapshot_v1 import from_version_1
+from ttt_compiler.runtime.snapshot_v1 import from_version_1, layers_of_version_1
 from ttt_compiler.runtime.state import FastWeightState
-from ttt_compiler.spec import same_sites
+from ttt_compiler.spec import SiteSpec, same_sites
 
 FORMAT, VERSION = "ttt-session", 2
 # A file may not ask for more memory than a user would.
@@ -29,19 +32,21 @@ MOST_REVOCABLE = 1 << 20
 
 
 def save(
-    path: str | os.PathLike[str], model: nn.Module, root: Root, state: FastWeightState, cache: Any
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    root: Root,
+    state: FastWeightState,
+    cache: Any,
+    compress: str | None = None,
 ) -> None:
     """Write a session; see :meth:`Session.save`."""
-    tensors = {
-        f"fast.{spec.key}.{b}.{name}": x
-        for spec in state.specs
-        for b in range(state.batch_size)
-        for name, x in export_row(state, spec.key, b).items()
-    }
-    layers = [] if cache is None else plain_layers(cache, SnapshotError)
-    for i, layer in enumerate(layers):
-        if layer.is_initialized:
-            tensors[f"cache.{i}.keys"], tensors[f"cache.{i}.values"] = layer.keys, layer.values
+    if state.lost is not None:
+        raise SnapshotError(
+            f"{path}: these sequences can no longer be used: {state.lost}; nothing was changed"
+        )
+    method = None if compress is None else parse_method(compress)
+    tensors, errors = _fast_tensors(root, state, method)
+    held, layers = export_layers(cache)
     header = {
         "format": FORMAT,
         "version": VERSION,
@@ -49,39 +54,89 @@ def save(
         "sites": list(state.signature),
         "batch_size": state.batch_size,
         "revocable": state.revocable,
+        "layers": layers,
     }
-    write_tensors(path, tensors, header, SnapshotError, private=True)
+    if method is not None:
+        header["compress"] = {"method": str(method), "relative_errors": errors}
+    write_tensors(path, {**tensors, **held}, header, SnapshotError, private=True)
 
 
-def load(
-    path: str | os.PathLike[str], model: nn.Module, root: Root
-) -> tuple[FastWeightState, Callable[[Any], None]]:
-    """Read a session; returns its state and a function that fills an empty cache with its tokens."""
+@dataclass(frozen=True)
+class Loaded:
+    """A file that was read and checked.
+
+    Attributes:
+        state: its fast weights.
+        fill: makes an empty cache hold its keys and values.
+    """
+
+    state: FastWeightState
+    fill: Callable[[Any], None]
+
+
+def load(path: str | os.PathLike[str], model: nn.Module, root: Root, cache: Any) -> Loaded:
+    """Read a session for an empty ``cache`` of its kind; see :meth:`Session.load`."""
     tensors, header = read_tensors(path, SnapshotError)
     _check_header(header, path, model, root)
     batch, revocable = header["batch_size"], header.get("revocable", 0)
-    dtype = root.like(root.specs[0]).dtype
     fast = {k: v for k, v in tensors.items() if k.startswith("fast.")}
+    held = {k: v for k, v in tensors.items() if not k.startswith("fast.")}
+    layers = header.get("layers")
     if header["version"] == 1:
         fast = from_version_1(fast, root.specs, batch, path)
-    rows = _rows(fast, root, batch, revocable, path)
-    layers = _layers(tensors, path, batch, dtype, getattr(model, "config", None))
+        layers = layers_of_version_1(held)
+    rows = _rows(fast, root, batch, revocable, _method(header, path), path)
+    check_layers(layers, held, cache, batch, path, dtype=root.like(root.specs[0]).dtype)
+    _check_heads(layers or [], held, getattr(model, "config", None), path)
     for name, value in tensors.items():
         if value.is_floating_point() and not bool(value.isfinite().all()):
             raise SnapshotError(f"{path}: {name} holds NaN or Inf; nothing was changed")
     state = root.new_state(batch, revocable)
     for (key, b), row in rows.items():
         import_row(state, next(s for s in root.specs if s.key == key), b, row)
-    return state, lambda cache: _fill(cache, layers)
+    return Loaded(state, lambda cache: fill_layers(cache, layers or [], held, state.device))
+
+
+def _fast_tensors(
+    root: Root, state: FastWeightState, method: Method | None
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Every site of every sequence; and what the smaller form of its matrix loses, by name."""
+    tensors: dict[str, Tensor] = {}
+    errors = {}
+    for spec in state.specs:
+        for b in range(state.batch_size):
+            row, prefix = export_row(state, spec.key, b), f"fast.{spec.key}.{b}."
+            if method is not None and "w" in row:
+                delta = row.pop("w") - _slow_weight(root, spec, row["norms"].dtype)
+                small, errors[f"{spec.key}.{b}"] = encode(delta, method)
+                row |= {f"w.{name}": x for name, x in small.items()}
+            tensors |= {prefix + name: x for name, x in row.items()}
+    return tensors, errors
+
+
+def _slow_weight(root: Root, spec: SiteSpec, dtype: torch.dtype) -> Tensor:
+    """W0 in the state's dtype.
+
+    Raises:
+        SnapshotError: it exists inside of the forward pass only, so nothing is known of ``W - W0``.
+    """
+    try:
+        if spec.inner:
+            raise UnsupportedModelError(f"{spec.key}: its weight is quantised")
+        return root.weight(spec).detach().to(dtype)
+    except UnsupportedModelError as e:
+        raise SnapshotError(
+            f"compress= stores W - W0, and {e}. Save without compress; nothing was changed"
+        ) from e
 
 
 def _rows(
-    fast: dict[str, Tensor], root: Root, batch: int, revocable: int, path: object
+    fast: dict[str, Tensor], root: Root, batch: int, revocable: int, method: Method | None, path: object
 ) -> dict[tuple[str, int], Row]:
-    """The tensors of every site and sequence, checked."""
+    """The tensors of every site and sequence, checked; matrices decoded."""
     dtype = root.like(root.specs[0]).dtype
     expected: dict[str, tuple[tuple[int, ...], Any]] = {}
-    out: dict[tuple[str, int], Row] = {}
+    names: dict[tuple[str, int], list[str]] = {}
     for spec in root.specs:
         for b in range(batch):
             prefix = f"fast.{spec.key}.{b}."
@@ -94,27 +149,44 @@ def _rows(
                     f"{path}: counters of {spec.key} are missing or contradict each other; "
                     "nothing was changed"
                 )
+            if method is not None and layout.pop("w", None) is not None:
+                small = expected_tensors(method, (spec.d_model, spec.d_ff))
+                layout |= {f"w.{name}": shape for name, shape in small.items()}
             expected |= {prefix + name: shape for name, shape in layout.items()}
-            out[spec.key, b] = {name: fast[prefix + name] for name in layout if prefix + name in fast}
+            names[spec.key, b] = list(layout)
     expect_tensors(fast, expected, path, SnapshotError)
+    out = {}
+    for spec in root.specs:
+        for b in range(batch):
+            row = {name: fast[f"fast.{spec.key}.{b}.{name}"] for name in names[spec.key, b]}
+            coded = {n.removeprefix("w."): row.pop(n) for n in names[spec.key, b] if n.startswith("w.")}
+            if method is not None and coded:
+                w0 = _slow_weight(root, spec, row["norms"].dtype)
+                row["w"] = w0 + decode(coded, method, (spec.d_model, spec.d_ff), w0.dtype).to(w0.device)
+            out[spec.key, b] = row
     return out
 
 
-def plain_layers(cache: Any, error: type[TTTError]) -> list[Any]:
-    """The layers of a cache that keeps all keys and values in plain tensors.
-
-    Raises:
-        error: it keeps them in another way (sliding window, static, quantised, recurrent).
-    """
-    layers = [] if cache is None else list(cache.layers)
-    for layer in layers:
-        if type(layer).__name__ != "DynamicLayer":
-            raise error(
-                f"cache layers of type {type(layer).__name__} are not supported here yet; use a "
-                "DynamicCache of a "
-                "model with full attention"
+def _check_heads(layers: list[Any], held: dict[str, Tensor], config: Any, path: object) -> None:
+    """Heads and widths of a model whose layers are all alike; others say nothing that holds for every layer."""
+    if any(said.get("kind") != "DynamicLayer" for said in layers):
+        return
+    heads, width = (getattr(config, n, None) for n in ("num_key_value_heads", "head_dim"))
+    for name, x in held.items():
+        if heads not in (None, x.shape[1]) or width not in (None, x.shape[3]):
+            raise SnapshotError(
+                f"{path}: {name} {tuple(x.shape)} does not fit this model: {heads} heads of {width}; "
+                "nothing was changed"
             )
-    return layers
+
+
+def _method(header: dict[str, Any], path: object) -> Method | None:
+    said = header.get("compress")
+    if said is None:
+        return None
+    if not isinstance(said, dict):
+        raise SnapshotError(f"{path}: does not say how it was compressed; nothing was changed")
+    return parse_method(said.get("method"), SnapshotError)
 
 
 def _check_header(header: dict[str, Any], path: object, model: nn.Module, root: Root) -> None:
@@ -137,35 +209,3 @@ def _check_header(header: dict[str, Any], path: object, model: nn.Module, root: 
     revocable = header.get("revocable", 0)
     if not isinstance(revocable, int) or isinstance(revocable, bool) or not 0 <= revocable <= MOST_REVOCABLE:
         raise SnapshotError(f"{path}: revocable {revocable!r} is no count of tokens; nothing was changed")
-
-
-def _layers(
-    tensors: dict[str, Tensor], path: object, batch: int, dtype: torch.dtype, config: Any
-) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of all layers, or of none."""
-    names = {k for k in tensors if not k.startswith("fast.")}
-    count = len(names) // 2
-    expected = {f"cache.{i}.{part}" for i in range(count) for part in ("keys", "values")}
-    if names != expected or count not in (0, getattr(config, "num_hidden_layers", count)):
-        raise SnapshotError(
-            f"{path}: unexpected tensor or missing layer: {sorted(names ^ expected)[:3]} "
-            f"({count} layers); nothing was changed"
-        )
-    layers = [(tensors[f"cache.{i}.keys"], tensors[f"cache.{i}.values"]) for i in range(count)]
-    heads, width = (getattr(config, n, None) for n in ("num_key_value_heads", "head_dim"))
-    for i, (keys, values) in enumerate(layers):
-        length = layers[0][0].shape[-2] if layers[0][0].dim() == 4 else -1
-        for x in (keys, values):
-            fits = x.dim() == 4 and x.shape[0] == batch and x.shape[2] == length and x.dtype == dtype
-            if not fits or heads not in (None, x.shape[1]) or width not in (None, x.shape[3]):
-                raise SnapshotError(
-                    f"{path}: keys and values of layer {i} do not fit this model ({tuple(x.shape)} "
-                    f"{x.dtype}); "
-                    "nothing was changed"
-                )
-    return layers
-
-
-def _fill(cache: Any, layers: list[tuple[Tensor, Tensor]]) -> None:
-    for index, (keys, values) in enumerate(layers):
-        cache.update(keys, values, index)

@@ -54,3 +54,9 @@ def from_version_1(
                 row["w"] = w[b]
             out |= {f"fast.{s.key}.{b}.{name}": x for name, x in row.items()}
     return out
+
+
+def layers_of_version_1(held: dict[str, Tensor]) -> list[dict[str, object]]:
+    """What version 2 says of the same layers: version 1 knew keys and values of full attention only."""
+    count = len(held) // 2
+    return [{"kind": "DynamicLayer", "filled": f"cache.{i}.keys" in held} for i in range(count)]

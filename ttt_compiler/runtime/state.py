@@ -273,9 +273,7 @@ def check_fits(
     """
     fresh = "Start a new one: ttt.Session(model), or leave past_key_values out"
     if state.lost is not None:
-        raise CacheError(
-            f"these sequences can no longer be used: {state.lost}"
-        )
+        raise CacheError(f"these sequences can no longer be used: {state.lost}")
     if state.signature != tuple(s.encode() for s in specs):
         raise CacheError(f"this cache carries the fast weights of another model or configuration. {fresh}")
     if state.batch_size != batch:
