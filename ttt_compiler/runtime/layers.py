@@ -1,6 +1,6 @@
 """Keys, values and states of every kind of cache layer of transformers: stored, restored, forked, counted.
 
-``KINDS`` says what each class of layer is made of (``layer_parts.py``); a file names a class only to be
+``KINDS`` says what each class of layer is made of; a file names a class only to be
 looked up there. transformers is not imported, a class counts by its name. May be changed here: the table,
 when transformers adds a kind (tests fail then).
 
@@ -18,23 +18,25 @@ import torch
 from torch import Tensor
 
 from ttt_compiler.errors import SnapshotError, TTTError
-from ttt_compiler.runtime import layer_parts as parts
-from ttt_compiler.runtime.layer_parts import Part, UnfitError
+from ttt_compiler.runtime.layer_parts import Dynamic, Part, Sliding, Static, StaticSliding, UnfitError
+from ttt_compiler.runtime.layer_states import Compressed, Indexed, Linear, StaticIndexed
 
 # Layers without a part hold nothing: MLP layers, and those that share the keys and values of another.
 KINDS: dict[str, tuple[Part, ...]] = {
-    "DynamicLayer": (parts.DYNAMIC,),
-    "DynamicSlidingWindowLayer": (parts.SLIDING,),
-    "DynamicIndexedLayer": (parts.DYNAMIC, parts.INDEXED),
-    "StaticLayer": (parts.STATIC,),
-    "StaticSlidingWindowLayer": (parts.STATIC_SLIDING,),
-    "StaticIndexedLayer": (parts.STATIC, parts.STATIC_INDEXED),
-    "LinearAttentionLayer": (parts.LINEAR,),
-    "LinearAttentionAndFullAttentionLayer": (parts.DYNAMIC, parts.LINEAR),
-    "LinearAttentionAndSlidingWindowAttentionLayer": (parts.SLIDING, parts.LINEAR),
-    "LinearAttentionAndStaticFullAttentionLayer": (parts.STATIC, parts.LINEAR),
-    "LinearAttentionAndStaticSlidingWindowAttentionLayer": (parts.STATIC_SLIDING, parts.LINEAR),
+    "DynamicLayer": (Dynamic(),),
+    "DynamicSlidingWindowLayer": (Sliding(),),
+    "DynamicIndexedLayer": (Dynamic(), Indexed()),
+    "StaticLayer": (Static(),),
+    "StaticSlidingWindowLayer": (StaticSliding(),),
+    "StaticIndexedLayer": (Static(), StaticIndexed()),
+    "LinearAttentionLayer": (Linear(),),
+    "LinearAttentionAndFullAttentionLayer": (Dynamic(), Linear()),
+    "LinearAttentionAndSlidingWindowAttentionLayer": (Sliding(), Linear()),
+    "LinearAttentionAndStaticFullAttentionLayer": (Static(), Linear()),
+    "LinearAttentionAndStaticSlidingWindowAttentionLayer": (StaticSliding(), Linear()),
     "DummyLayer": (),
+    "DeepseekV4HCACache": (Sliding(), Compressed()),
+    "DeepseekV4CSACache": (Sliding(), Compressed()),
 }
 # Caches that hold nothing but their layers; others would lose what they hold beside them.
 CACHES = ("DynamicCache", "StaticCache")
