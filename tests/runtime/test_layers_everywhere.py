@@ -33,6 +33,15 @@ BROKEN = {
 }
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """The models are so small that threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def goes_on(model, make, ids):
     """Run, store, restore, fork, go on with all three. What makes the model itself fail is a skip."""
     cache = make()
