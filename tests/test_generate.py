@@ -120,6 +120,16 @@ def test_no_recompile_after_warm_up(compiles):
     assert counts[2] == counts[1]
 
 
+def test_a_document_in_slices_compiles_nothing_again():
+    model = models.converted(chunk_size=16)
+    model.compile(backend="inplace_ttt_eager", fullgraph=True, dynamic=True)
+    tokens = models.ids(2, 60)
+    session = ttt.Session(model, batch_size=2)
+    with torch._dynamo.config.patch(recompile_limit=2):
+        out = [model(tokens[:, i : i + 5], past_key_values=session.cache).logits for i in range(0, 60, 5)]
+    assert relative_error(torch.cat(out, 1), models.oracle(model, tokens)) < SEGMENTATION
+
+
 @pytest.mark.parametrize("split", [[11, 1, 1, 1, 1, 8], [4, 4, 4, 4, 7], [1] * 23, [3, 16, 4]], ids=str)
 def test_prefill_chunked_prefill_and_decode_agree(model, split):
     """Law 2, chunk borders anywhere."""

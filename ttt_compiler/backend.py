@@ -156,7 +156,8 @@ def bind(
     @functools.wraps(forward)
     def entry(*args: Any, **kwargs: Any) -> Any:
         nonlocal converted
-        if torch.compiler.is_compiling():
+        # Not ``is_compiling()``: that is true in every thread while any of them compiles.
+        if torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting():
             return forward(*args, **kwargs)
         if REWRITTEN in module.__dict__:
             return run("rewritten", args, kwargs)
@@ -176,6 +177,8 @@ def bind(
             assert root is not None, "convert records a root"
         converted = True
         _check_same(module, root, config)
+        args = tuple(_whole(x) for x in args)
+        kwargs = {name: _whole(x) for name, x in kwargs.items()}
         with root.lock:
             kwargs, stateful = root.prepare(args, kwargs)
             token = _current.set((module, root))
@@ -189,6 +192,17 @@ def bind(
 
     setattr(entry, ENTRY, True)
     return entry
+
+
+def _whole(x: Any) -> Any:
+    """A slice of ids or positions as a tensor of its own.
+
+    Dynamo guards on a slice's offset and strides: a document that is read piece by piece, ``ids[:, i:j]``,
+    would be compiled again for every piece.
+    """
+    if type(x) is not Tensor or x.is_floating_point() or (x.storage_offset() == 0 and x.is_contiguous()):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def check_kwargs(backend_kwargs: Mapping[str, Any]) -> TTTConfig | None:

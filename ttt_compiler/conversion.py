@@ -319,7 +319,8 @@ def _install(model: nn.Module, root: Root) -> None:
     @functools.wraps(inner)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         here: Root = self.__dict__[NAME]
-        if not torch.compiler.is_compiling():
+        # Not ``is_compiling()``: that is true in every thread while any of them compiles.
+        if not (torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting()):
             with here.lock:
                 kwargs, stateful = here.prepare(args, kwargs)
                 with here.running(args, kwargs), call_mode(stateful):

@@ -24,6 +24,7 @@ from ttt_compiler.codegen.layout import CACHED
 from ttt_compiler.errors import CacheError, PoolError, PoolFullError, SnapshotError
 from ttt_compiler.runtime import snapshot
 from ttt_compiler.runtime.cache import attach_state
+from ttt_compiler.runtime.cache_size import cache_bytes
 from ttt_compiler.runtime.join import joined, split
 from ttt_compiler.runtime.layers import fork_cache, layer_bytes
 from ttt_compiler.runtime.root import Root, require_root
@@ -56,7 +57,7 @@ class Pool:
     ```python
     pool = ttt.Pool(model, sequences=8, context=4096, disk="sessions")
     with pool.use("alice", "bob") as batch:
-        model(ids, attention_mask=batch.attention_mask(ids.shape[1]), past_key_values=batch.cache)
+        logits = model(**batch.inputs(ids)).logits  # ids [2, T]: the next tokens of both
     ```
 
     Args:
@@ -65,6 +66,7 @@ class Pool:
         memory: instead of ``sequences``, a budget in bytes for fast weights and full contexts of keys and
             values.
         context: most tokens whose keys and values one sequence may keep; default the model's own limit.
+        bytes_per_sequence: what a full sequence takes, for models whose caches do not say.
         parked_memory: bytes of memory for sequences without a slot.
         disk: folder for those beyond that; sequences found there are part of the pool.
         revocable: how many of the last tokens can be taken back across a chunk's end.
@@ -81,13 +83,16 @@ class Pool:
         *,
         memory: int | None = None,
         context: int | None = None,
+        bytes_per_sequence: int | None = None,
         parked_memory: int = 0,
         disk: str | os.PathLike[str] | None = None,
         revocable: int = 0,
     ) -> None:
         self.model, self._root = require_root(model)
         self.context = context if context is not None else _own_context(self.model)
-        self.bytes_per_sequence = _bytes(self._root, self.model, self.context, revocable)
+        if bytes_per_sequence is None:
+            bytes_per_sequence = _bytes(self._root, self.model, self.context, revocable)
+        self.bytes_per_sequence = bytes_per_sequence
         self.capacity = _capacity(sequences, memory, self.bytes_per_sequence)
         self.parked_memory = parked_memory
         self.disk = None if disk is None else Path(disk)
@@ -463,6 +468,17 @@ class PooledSession(Session):
         place = torch.arange(width)[None]
         return (place >= torch.tensor(self.padding)[:, None]).long()
 
+    def inputs(self, ids: Tensor) -> dict[str, Any]:
+        """What a transformers model is called with to read ``ids [B, T]``, the next of every sequence."""
+        seen = torch.tensor(self.tokens_seen, device=ids.device)
+        return {
+            # A slice's offset into its storage is part of what a graph is compiled for.
+            "input_ids": ids.clone(),
+            "attention_mask": self.attention_mask(ids.shape[1]).to(ids.device),
+            "position_ids": seen[:, None] + torch.arange(ids.shape[1], device=ids.device),
+            "past_key_values": self.cache,
+        }
+
     def evict(self, keep: int, sink: int = 0) -> None:
         """As :meth:`Session.evict`; of sequences of different lengths, one at a time."""
         if any(self.padding):
@@ -481,8 +497,6 @@ def _bytes(root: Root, model: nn.Module, context: int | None, revocable: int) ->
     fast = bytes_per_sequence(root.specs, dtype, revocable=revocable, shared_lanes=True)
     if root.make_cache is None:
         return fast
-    from ttt_compiler.runtime.cache_size import cache_bytes
-
     if context is None:
         raise PoolError("this model names no limit of tokens: pass context=, what one sequence may keep")
     return fast + cache_bytes(model.config, context, dtype)

@@ -87,7 +87,6 @@ def load(path: str | os.PathLike[str], model: nn.Module, root: Root, cache: Any)
         layers = layers_of_version_1(held)
     rows = _rows(fast, root, batch, revocable, _method(header, path), path)
     check_layers(layers, held, cache, batch, path, dtype=root.like(root.specs[0]).dtype)
-    _check_heads(layers or [], held, getattr(model, "config", None), path)
     for name, value in tensors.items():
         if value.is_floating_point() and not bool(value.isfinite().all()):
             raise SnapshotError(f"{path}: {name} holds NaN or Inf; nothing was changed")
@@ -165,19 +164,6 @@ def _rows(
                 row["w"] = w0 + decode(coded, method, (spec.d_model, spec.d_ff), w0.dtype).to(w0.device)
             out[spec.key, b] = row
     return out
-
-
-def _check_heads(layers: list[Any], held: dict[str, Tensor], config: Any, path: object) -> None:
-    """Heads and widths of a model whose layers are all alike; others say nothing that holds for every layer."""
-    if any(said.get("kind") != "DynamicLayer" for said in layers):
-        return
-    heads, width = (getattr(config, n, None) for n in ("num_key_value_heads", "head_dim"))
-    for name, x in held.items():
-        if heads not in (None, x.shape[1]) or width not in (None, x.shape[3]):
-            raise SnapshotError(
-                f"{path}: {name} {tuple(x.shape)} does not fit this model: {heads} heads of {width}; "
-                "nothing was changed"
-            )
 
 
 def _method(header: dict[str, Any], path: object) -> Method | None:
