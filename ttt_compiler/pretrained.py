@@ -1,7 +1,8 @@
 """Load a causal language model and its tokenizer: the packaged one, a folder, GGUF, or a hub name.
 
-May be changed here: where a model may come from, and the packaged default. Nothing is written to
-disk by this module; a hub name uses the hub's own cache.
+Or its configuration alone, which needs no weights and no network. May be changed here: where a model may come
+from, and the packaged default. Nothing is written to disk by this module; a hub name uses the hub's own
+cache.
 """
 
 from __future__ import annotations
@@ -40,6 +41,43 @@ def load_pretrained(name: str | None = None) -> tuple[Any, Any]:
     if not path.exists() and (name.startswith((".", "~", "/")) or name.count("/") > 1):
         raise TTTError(f"{name}: no such folder")
     return _load(str(path) if path.exists() else name, what=name)
+
+
+def load_config(name: str) -> Any:
+    """The configuration of a model, without its weights.
+
+    Args:
+        name: a folder with a ``config.json``, a ``.gguf`` file, ``"smollm2"`` (see :func:`load_pretrained`),
+            or a name in ``architectures/presets.py``.
+
+    Raises:
+        TTTError: none of these, or it cannot be read; says what to type.
+    """
+    from ttt_compiler.architectures.presets import PRESETS, preset
+
+    _require("transformers")
+    from transformers import AutoConfig
+
+    path, values = Path(name).expanduser(), preset(name)
+    if path.suffix == ".gguf" or name == PACKAGED:
+        _require("gguf")
+        file = _packaged_file() if name == PACKAGED else path
+        source, options = str(file.parent), {"gguf_file": file.name}
+    elif path.is_dir():
+        file, source, options = path / "config.json", str(path), {}
+    elif values is not None:
+        return AutoConfig.for_model(**values)
+    else:
+        raise TTTError(
+            f"{name}: no such folder, and no known name. Pass a folder with a config.json, or one of "
+            f"{', '.join(PRESETS)}, {PACKAGED}"
+        )
+    if not file.is_file():
+        raise TTTError(f"{file}: no such file")
+    try:
+        return AutoConfig.from_pretrained(source, local_files_only=True, **options)
+    except Exception as e:
+        raise TTTError(f"{file}: cannot be read as a configuration ({_first_line(e)})") from e
 
 
 def _packaged_file() -> Path:
