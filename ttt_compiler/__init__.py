@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ttt_compiler.conversion import revert as revert
     from ttt_compiler.discover import find_sites as find_sites
     from ttt_compiler.graphs import rewrite as rewrite
+    from ttt_compiler.memory import memory_plan as memory_plan
     from ttt_compiler.official import from_official as from_official
     from ttt_compiler.official import to_official as to_official
     from ttt_compiler.report import explain as explain
@@ -39,6 +40,7 @@ _HOME = {
     "find_sites": "discover",
     "from_official": "official",
     "load_adapter": "adapter",
+    "memory_plan": "memory",
     "revert": "conversion",
     "rewrite": "graphs",
     "save_adapter": "adapter",
@@ -57,6 +59,7 @@ __all__ = [
     "find_sites",
     "from_official",
     "load_adapter",
+    "memory_plan",
     "revert",
     "rewrite",
     "save_adapter",

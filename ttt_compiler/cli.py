@@ -37,6 +37,7 @@ app = typer.Typer(
 
 _LAYERS = "all, every:K, every:K+OFFSET, block indices (0,6,12), or glob patterns over weight names."
 _MODEL = "smollm2 (the packaged SmolLM2-135M), a folder, a .gguf file, or a name on the hub."
+_PLANNED = "A folder with a config.json, a .gguf file, smollm2, or a known name such as Qwen3-4B."
 
 LayersOption = Annotated[str, typer.Option(help=_LAYERS)]
 ChunkOption = Annotated[int, typer.Option(help="Tokens per write.")]
@@ -88,6 +89,33 @@ def explain(
         if html is not None:
             # Standard output is the report alone, so that --json can be read by a program.
             typer.echo(f"written: {report.save_html(html)}", err=True)
+
+
+@app.command()
+def memory(
+    model: Annotated[str, typer.Argument(help=_PLANNED)],
+    batch: Annotated[int, typer.Option(help="Sequences that run side by side.")] = 1,
+    context: Annotated[int, typer.Option(help="Tokens of each sequence.")] = 32768,
+    layers: LayersOption = "every:6",
+    chunk_size: ChunkOption = 1024,
+    target: TargetOption = "hidden_states",
+    dtype: Annotated[
+        str | None, typer.Option(help="bfloat16, float16, float32 or float64. Default: the model's own.")
+    ] = None,
+    static: Annotated[
+        bool, typer.Option("--static", help="Of a static cache that reserves the context.")
+    ] = False,
+    revocable: Annotated[int, typer.Option(help="How many of the last tokens can be taken back.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
+) -> None:
+    """Say what memory a running batch of MODEL needs; nothing is loaded or allocated."""
+    with _friendly():
+        config = TTTConfig(layers=parse_layers(layers), chunk_size=chunk_size, target=target)
+        from ttt_compiler.memory import memory_plan
+
+        cache = "static" if static else "dynamic"
+        plan = memory_plan(model, batch, context, config, dtype=dtype, cache=cache, revocable=revocable)
+        typer.echo(json.dumps(plan.to_dict(), indent=1) if as_json else str(plan))
 
 
 @app.command()

@@ -325,6 +325,13 @@ def inner_tensor(value: Any) -> str:
     return ".".join(path)
 
 
+def held_bytes(value: Any) -> int:
+    """Bytes that a tensor holds; a wrapper's are those of the tensors in it. Checked on 2.13."""
+    if not is_wrapper_tensor(value):
+        return int(value.nbytes)
+    return sum(held_bytes(getattr(value, name)) for name in value.__tensor_flatten__()[0])
+
+
 def in_backward() -> bool:
     """Whether this thread is inside of a backward pass. Checked on 2.13: ``_current_graph_task_id``."""
     return bool(torch._C._current_graph_task_id() != -1)

@@ -130,7 +130,7 @@ def convert(
             transposed=frozenset(s.weight for m in chosen if m.transposed for s in specs_of[m.weight]),
             context=context,
             slots=forward_slots(_plain_forward(model)),
-            make_cache=_cache_factory(model),
+            make_cache=cache_factory(model),
         ),
     )
     return model
@@ -223,7 +223,24 @@ def check_model(model: nn.Module) -> None:
     """Raise unless ``model`` as a whole can be converted.
 
     Raises:
-        NonCausalModelError, AlreadyConvertedError, UnsupportedDeviceError.
+        NonCausalModelError, AlreadyConvertedError, UnsupportedDeviceError, UnsupportedModelError.
+    """
+    check_kind(model)
+    for parameter in model.parameters():
+        require_cpu(parameter.device, type(model).__name__)
+        if parameter.is_meta:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has parameters on the meta device: conversion initialises P "
+                "and looks at the weights. Load them first (from_pretrained, or "
+                "model.to_empty(device='cpu') and load_state_dict), then convert"
+            )
+
+
+def check_kind(model: nn.Module) -> None:
+    """The part of :func:`check_model` that does not ask where the weights are.
+
+    Raises:
+        NonCausalModelError, AlreadyConvertedError.
     """
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise NonCausalModelError(
@@ -236,14 +253,6 @@ def check_model(model: nn.Module) -> None:
         raise AlreadyConvertedError(
             f"{type(model).__name__} is part of, or holds, a model that is converted already"
         )
-    for parameter in model.parameters():
-        require_cpu(parameter.device, type(model).__name__)
-        if parameter.is_meta:
-            raise UnsupportedModelError(
-                f"{type(model).__name__} has parameters on the meta device: conversion initialises P "
-                "and looks at the weights. Load them first (from_pretrained, or "
-                "model.to_empty(device='cpu') and load_state_dict), then convert"
-            )
 
 
 def site_specs(config: TTTConfig, mlp: FoundMLP, found: Discovery, model: nn.Module) -> tuple[SiteSpec, ...]:
@@ -362,7 +371,7 @@ def _ignore_self(bound: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-def _cache_factory(model: nn.Module) -> Callable[[], Any] | None:
+def cache_factory(model: nn.Module) -> Callable[[], Any] | None:
     """Empty caches of the kind ``generate`` makes, for models of transformers that use one."""
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "get_text_config") or not hasattr(model, "generate"):
