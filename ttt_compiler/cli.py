@@ -19,12 +19,12 @@ import ttt_compiler
 from ttt_compiler.config import Layers, TTTConfig
 from ttt_compiler.errors import TTTError
 
-_MISSING = "the command line needs the package {}. Type: pip install 'ttt_compiler[demo]'"
+_MISSING = "the command line needs the package {}. Type: pip install 'ttt_compiler[{}]'"
 
 try:
     import typer
 except ImportError as missing:
-    print(_MISSING.format(missing.name), file=sys.stderr)
+    print(_MISSING.format(missing.name, "demo"), file=sys.stderr)
     raise SystemExit(2) from None
 
 app = typer.Typer(
@@ -205,6 +205,50 @@ def doctor(
             typer.echo(f"written: {write}")
 
 
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help=_MODEL)],
+    host: Annotated[str, typer.Option(help="Address to listen on; there is no password.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
+    sessions: Annotated[
+        Path | None, typer.Option(help="Folder that keeps sessions over restarts. Default: in memory alone.")
+    ] = None,
+    max_sessions: Annotated[int, typer.Option(help="Sessions in memory at a time.")] = 16,
+    layers: LayersOption = "every:6",
+    chunk_size: ChunkOption = 1024,
+    lr: RateOption = 0.3,
+    target: TargetOption = "hidden_states",
+    adapter: Annotated[
+        Path | None,
+        typer.Option(help="A trained adapter; it brings its own layers, chunk size, lr, target."),
+    ] = None,
+    chat_template: Annotated[
+        str | None, typer.Option(help="A Jinja file, or plain. Default: the tokenizer's own.")
+    ] = None,
+    eager: Annotated[
+        bool, typer.Option("--eager", help="Run op by op, without compiling: slow, starts at once.")
+    ] = False,
+) -> None:
+    """Serve MODEL by OpenAI's chat API; the field "session" keeps a conversation's fast weights."""
+    with _friendly():
+        _require("fastapi", "uvicorn", "transformers", extra="serve")
+        from ttt_compiler.serve.launch import ServeOptions
+        from ttt_compiler.serve.launch import serve as run_server
+
+        options = ServeOptions(
+            model=model,
+            config=TTTConfig(layers=parse_layers(layers), chunk_size=chunk_size, lr=lr, target=target),
+            adapter=adapter,
+            chat_template=chat_template,
+            sessions=sessions,
+            max_sessions=max_sessions,
+            host=host,
+            port=port,
+            eager=eager,
+        )
+        run_server(options, say=lambda text: typer.echo(text, err=True))
+
+
 def parse_layers(text: str) -> Layers:
     """``layers=`` from its command-line form."""
     # A plain word is no pattern: let the configuration say what it should have been.
@@ -226,7 +270,7 @@ def _friendly() -> Iterator[None]:
         raise typer.Exit(2) from e
 
 
-def _require(*packages: str) -> None:
+def _require(*packages: str, extra: str = "demo") -> None:
     for package in packages:
         if importlib.util.find_spec(package) is None:
-            raise TTTError(_MISSING.format(package))
+            raise TTTError(_MISSING.format(package, extra))

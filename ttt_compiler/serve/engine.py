@@ -1,0 +1,189 @@
+"""Tokens in, tokens out, on a session.
+
+A decode loop of our own rather than ``generate``: one item per call of the model, so that requests take
+turns call by call, and a random generator per request, so that a request gives the same tokens whatever
+runs beside it. May be changed here: how a token is chosen (by the processors of transformers), and when a
+reply ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ttt_compiler.errors import UnsupportedModelError
+from ttt_compiler.runtime.session import Session
+from ttt_compiler.serve.errors import ContextLengthError
+from ttt_compiler.serve.text import TextStream
+
+# Tokens of a prompt per call of the model: other requests wait no longer than for one such call.
+BLOCK = 512
+# Replies of requests that do not say how long they may be.
+MAX_TOKENS = 1024
+
+# Below it, logits divided by the temperature could overflow; it is greedy anyway.
+COLD = 1e-4
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen, and when the reply ends. None: as the model's generation config says.
+
+    Attributes:
+        max_tokens: None for ``MAX_TOKENS``, or what the context has room for.
+        temperature: 0 takes the most probable token.
+        top_p: of the probability, what may be chosen from.
+        seed: the same seed gives the same tokens on the same session; None is random.
+        stop: strings that end the reply.
+    """
+
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What was generated.
+
+    Attributes:
+        ids: tokens that belong to the conversation; the last one is not in the session's memory if it is
+            one token ahead of it.
+        text: without stop string and special tokens.
+        finish_reason: ``stop`` at an end-of-turn token or stop string, ``length`` at ``max_tokens``.
+        sampled: number of tokens sampled, an end-of-turn token included.
+    """
+
+    ids: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason
+    sampled: int
+
+
+class Engine:
+    """A converted and compiled model with its tokenizer.
+
+    Only one thread may run :meth:`steps` of one engine (see ``worker.py``): a converted model holds the
+    state of the call that is on its way, and what Dynamo compiles is kept per thread at places.
+
+    Attributes:
+        context: tokens a conversation may have; None without a limit.
+
+    Raises:
+        UnsupportedModelError: the model has no key/value cache.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, *, block: int = BLOCK) -> None:
+        self.model, self.tokenizer, self.block = model, tokenizer, block
+        if self.new_session().cache is None:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has no key/value cache, so no conversation can be kept. Serve a "
+                "causal language model of transformers"
+            )
+        config: Any = getattr(model, "config", None)
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        self.context: int | None = getattr(text, "max_position_embeddings", None)
+        self._defaults: Any = getattr(model, "generation_config", None)
+        ends = getattr(self._defaults, "eos_token_id", None)
+        ends = ends if isinstance(ends, list) else [ends]
+        self._ends = {e for e in (*ends, tokenizer.eos_token_id) if e is not None}
+
+    def new_session(self) -> Session:
+        """A session that has read nothing."""
+        return Session(self.model)
+
+    def max_tokens(self, prompt: int, sampling: Sampling) -> int:
+        """How many tokens a reply to a conversation of ``prompt`` tokens may have.
+
+        Raises:
+            ContextLengthError: the context has no room for them.
+        """
+        wanted = sampling.max_tokens
+        if self.context is None:
+            return MAX_TOKENS if wanted is None else wanted
+        room = self.context - prompt
+        if room < (1 if wanted is None else wanted):
+            reply = "a reply" if wanted is None else f"a reply of {wanted} tokens (max_tokens)"
+            raise ContextLengthError(
+                f"the conversation has {prompt} tokens and the model's context {self.context}, which leaves "
+                f"no room for {reply}. Send less, ask for fewer max_tokens, or start another session"
+            )
+        return min(room, MAX_TOKENS) if wanted is None else wanted
+
+    def steps(
+        self, session: Session, ids: Sequence[int], sampling: Sampling, max_tokens: int
+    ) -> Iterator[str | Reply]:
+        """Read ``ids`` and reply; one item per call of the model.
+
+        Yields:
+            Text to show, often empty, and last of all the :class:`Reply`.
+        """
+        choose, stream = self._chooser(sampling), TextStream(self.tokenizer, sampling.stop)
+        for start in range(0, len(ids), self.block):
+            if start:
+                yield ""
+            logits = self._forward(session, ids[start : start + self.block])
+        out: list[int] = []
+        reason: FinishReason = "stop"
+        while (token := choose(logits)) not in self._ends:
+            out.append(token)
+            yield stream.push(token)
+            if stream.stopped or len(out) == max_tokens:
+                # The token stays ahead of the session's memory: the next request reads it.
+                reason = "stop" if stream.stopped else "length"
+                break
+            logits = self._forward(session, out[-1:])
+        # An end-of-turn token is sampled without being counted among the reply's.
+        sampled = len(out) + (token in self._ends)
+        yield stream.finish()
+        yield Reply(tuple(out), stream.text, "stop" if stream.stopped else reason, sampled)
+
+    def _forward(self, session: Session, ids: Sequence[int]) -> Tensor:
+        """Logits ``[1, vocabulary]`` after the last of ``ids``."""
+        tokens = torch.tensor([list(ids)], device=getattr(self.model, "device", None))
+        out = self.model(input_ids=tokens, past_key_values=session.cache, use_cache=True)
+        logits: Tensor = out.logits[:, -1].float()
+        if bool(logits.isnan().any()):
+            raise FloatingPointError("the model's logits hold NaN")
+        return logits
+
+    def _chooser(self, sampling: Sampling) -> Any:
+        from transformers import (
+            LogitsProcessorList,
+            TemperatureLogitsWarper,
+            TopKLogitsWarper,
+            TopPLogitsWarper,
+        )
+
+        temperature = self._setting(sampling.temperature, "temperature", 1.0)
+        top_p, top_k = self._setting(sampling.top_p, "top_p", 1.0), self._setting(None, "top_k", 0)
+        if temperature < COLD:
+            return lambda logits: int(logits.argmax(-1))
+        warpers = LogitsProcessorList([TemperatureLogitsWarper(float(temperature))])
+        if top_k:
+            warpers.append(TopKLogitsWarper(int(top_k)))
+        if top_p < 1:
+            warpers.append(TopPLogitsWarper(float(top_p)))
+        generator = torch.Generator(device=getattr(self.model, "device", None) or "cpu")
+        if sampling.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(sampling.seed)
+
+        def choose(logits: Tensor) -> int:
+            probabilities = warpers(None, logits).softmax(-1)
+            return int(torch.multinomial(probabilities, 1, generator=generator))
+
+        return choose
+
+    def _setting(self, asked: float | None, name: str, default: float) -> float:
+        own = getattr(self._defaults, name, None)
+        return asked if asked is not None else default if own is None else own

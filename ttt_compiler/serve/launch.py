@@ -1,0 +1,124 @@
+"""From a model's name to a running server.
+
+May be changed here: the order of the steps, and what is checked before a model is loaded for nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from ttt_compiler.adapter import load_adapter
+from ttt_compiler.config import TTTConfig
+from ttt_compiler.conversion import convert
+from ttt_compiler.errors import ConfigError, TTTError
+from ttt_compiler.pretrained import load_pretrained
+from ttt_compiler.serve.app import build_app
+from ttt_compiler.serve.conversation import PLAIN, ChatTemplate
+from ttt_compiler.serve.engine import Engine, Sampling
+from ttt_compiler.serve.sessions import Sessions
+from ttt_compiler.serve.store import Store
+
+# Seconds that replies have to end when the server is told to stop; then they are cancelled.
+GRACE = 10
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """What is served, and how.
+
+    Attributes:
+        model: see :func:`load_pretrained`.
+        config: how it is converted; an adapter brings its own.
+        adapter: folder of a trained adapter.
+        chat_template: a Jinja file, or ``plain``; None for the tokenizer's own.
+        sessions: folder of named sessions; None keeps them in memory.
+        max_sessions: in memory at a time.
+        host: address to listen on.
+        port: 0 for any free one.
+        eager: run op by op, without compiling.
+    """
+
+    model: str
+    config: TTTConfig
+    adapter: Path | None = None
+    chat_template: str | None = None
+    sessions: Path | None = None
+    max_sessions: int = 16
+    host: str = "127.0.0.1"
+    port: int = 8000
+    eager: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_sessions < 1:
+            raise ConfigError(f"max_sessions={self.max_sessions} must be at least 1")
+
+
+def serve(options: ServeOptions, *, say: Callable[[str], None]) -> None:
+    """Serve until interrupted.
+
+    Raises:
+        TTTError: with what to change.
+    """
+    import uvicorn
+
+    template = read_template(options.chat_template)
+    say("loading the model")
+    model, tokenizer = load_pretrained(options.model)
+    chat = ChatTemplate(tokenizer, template)
+    prepare(model, options, say=say)
+    engine = Engine(model, tokenizer)
+    store = None if options.sessions is None else Store(options.sessions, model)
+    say("warming up" if options.eager else "compiling: minutes the first time, later runs find it on disk")
+    warm_up(engine)
+    app = build_app(model_name(options.model), lambda: Sessions(engine, chat, store, options.max_sessions))
+    config = uvicorn.Config(
+        app, host=options.host, port=options.port, access_log=False, timeout_graceful_shutdown=GRACE
+    )
+    say(f'serving "{model_name(options.model)}"; stop with Ctrl-C')
+    uvicorn.Server(config).run()
+
+
+def prepare(model: nn.Module, options: ServeOptions, *, say: Callable[[str], None]) -> None:
+    """Convert, load the adapter, compile."""
+    if options.adapter is None:
+        say("no --adapter: fast weights change nothing until they are trained; sessions keep keys and values")
+        convert(model, options.config)
+    else:
+        load_adapter(model, options.adapter)
+    model.compile(backend="inplace_ttt_eager" if options.eager else "inplace_ttt")
+
+
+def warm_up(engine: Engine) -> None:
+    """Make every kind of call once, so that no client waits for the compiler."""
+    token = [0]
+    for length in (2, 3):  # the second one makes the number of tokens dynamic
+        session = engine.new_session()
+        for ids in (token * length, token * length):
+            for _ in engine.steps(session, ids, Sampling(temperature=0), 3):
+                pass
+
+
+def read_template(chosen: str | None) -> str | None:
+    """Jinja text of ``--chat-template``.
+
+    Raises:
+        TTTError: the file cannot be read.
+    """
+    if chosen is None or chosen == "plain":
+        return None if chosen is None else PLAIN
+    try:
+        return Path(chosen).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise TTTError(
+            f'--chat-template {chosen}: cannot be read ({e}). Pass a Jinja file, or "plain"'
+        ) from e
+
+
+def model_name(model: str) -> str:
+    """What requests call the model: where it lies on this machine is nobody's business."""
+    path = Path(model).expanduser()
+    return path.resolve().name if path.exists() else model
