@@ -47,7 +47,9 @@ class TextStream:
     def _fresh(self) -> str:
         before = self._decode(self._ids[self._context : self._decoded])
         now = self._decode(self._ids[self._context :])
-        self._context, self._decoded = self._decoded, len(self._ids)
+        if now != before:  # behind special tokens, which show nothing, a word would lose its space too
+            self._context = self._decoded
+        self._decoded = len(self._ids)
         return now[len(before) :]
 
     def _show(self, fresh: str, *, last: bool) -> str:
