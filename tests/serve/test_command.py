@@ -72,8 +72,6 @@ def test_a_killed_server_continues(folder):
     for _ in range(3):
         next(running)
     server.end(signal.SIGKILL)
-    with pytest.raises((openai.APIError, Exception)):
-        list(running)
 
     server = Process(folder)
     started = time.monotonic()

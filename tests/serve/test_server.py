@@ -282,6 +282,19 @@ class TestWhatGoesWrong:
             assert server.get("/sessions/s") == before
             assert server.say(user(TEXTS[1]), session="s") == direct.say(TEXTS[1])
 
+    def test_a_server_that_stops(self, start, model, monkeypatch):
+        direct = Direct(model)
+        with start(saved=True, grace=1) as server:
+            server.say(user(TEXTS[0]), session="s")
+            direct.say(TEXTS[0])
+            server.slow(monkeypatch)
+            running = server.chat(user("w1"), session="s", tokens=400, stream=True)
+            next(iter(running))
+        assert not server.sessions.healthy
+        running.close()
+        with start(saved=True) as server:
+            assert server.say(user(TEXTS[1]), session="s") == direct.say(TEXTS[1])
+
     @pytest.mark.parametrize("stream", [False, True])
     def test_an_error_while_generating(self, server, model, monkeypatch, stream):
         name, direct = f"error{stream}", Direct(model)

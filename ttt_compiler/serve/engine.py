@@ -100,6 +100,17 @@ class Engine:
         """A session that has read nothing."""
         return Session(self.model)
 
+    def warm_up(self) -> None:
+        """Make every kind of call once, so that no client waits for the compiler.
+
+        Keys and values are laid out in one way by the first call on a session and in another by later
+        ones, so each kind of later call is made on both.
+        """
+        for lengths in ((2, 3, 1, 4), (3, 1)):
+            session = self.new_session()
+            for length in lengths:
+                self._forward(session, [0] * length)
+
     def max_tokens(self, prompt: int, sampling: Sampling) -> int:
         """How many tokens a reply to a conversation of ``prompt`` tokens may have.
 

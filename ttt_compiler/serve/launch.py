@@ -18,7 +18,7 @@ from ttt_compiler.errors import ConfigError, TTTError
 from ttt_compiler.pretrained import load_pretrained
 from ttt_compiler.serve.app import build_app
 from ttt_compiler.serve.conversation import PLAIN, ChatTemplate
-from ttt_compiler.serve.engine import Engine, Sampling
+from ttt_compiler.serve.engine import Engine
 from ttt_compiler.serve.sessions import Sessions
 from ttt_compiler.serve.store import Store
 
@@ -69,11 +69,11 @@ def serve(options: ServeOptions, *, say: Callable[[str], None]) -> None:
     say("loading the model")
     model, tokenizer = load_pretrained(options.model)
     chat = ChatTemplate(tokenizer, template)
+    store = None if options.sessions is None else Store(options.sessions, model)
     prepare(model, options, say=say)
     engine = Engine(model, tokenizer)
-    store = None if options.sessions is None else Store(options.sessions, model)
     say("warming up" if options.eager else "compiling: minutes the first time, later runs find it on disk")
-    warm_up(engine)
+    engine.warm_up()
     app = build_app(model_name(options.model), lambda: Sessions(engine, chat, store, options.max_sessions))
     config = uvicorn.Config(
         app, host=options.host, port=options.port, access_log=False, timeout_graceful_shutdown=GRACE
@@ -89,17 +89,8 @@ def prepare(model: nn.Module, options: ServeOptions, *, say: Callable[[str], Non
         convert(model, options.config)
     else:
         load_adapter(model, options.adapter)
-    model.compile(backend="inplace_ttt_eager" if options.eager else "inplace_ttt")
-
-
-def warm_up(engine: Engine) -> None:
-    """Make every kind of call once, so that no client waits for the compiler."""
-    token = [0]
-    for length in (2, 3):  # the second one makes the number of tokens dynamic
-        session = engine.new_session()
-        for ids in (token * length, token * length):
-            for _ in engine.steps(session, ids, Sampling(temperature=0), 3):
-                pass
+    # Conversations have all lengths: no code for a single one is worth its compilation.
+    model.compile(backend="inplace_ttt_eager" if options.eager else "inplace_ttt", dynamic=True)
 
 
 def read_template(chosen: str | None) -> str | None:
