@@ -11,6 +11,7 @@ import time
 
 import openai
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import ttt_compiler as ttt
@@ -18,6 +19,7 @@ from tests import models
 from tests.serve.loopback import Direct, assistant, make_model, make_tokenizer, user
 from tests.serve.test_server import TEXTS
 from ttt_compiler.cli import app
+from ttt_compiler.serve.launch import ServeOptions, prepare
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +83,19 @@ def test_a_killed_server_continues(folder):
     assert server.end(signal.SIGTERM) in (0, -signal.SIGTERM)
     assert time.monotonic() - started < 60
     assert sorted(os.listdir(folder / "kept" / "book"))[-1] == "session.json"
+
+
+def test_without_an_adapter_sessions_belong_to_the_same_model_after_a_restart(tmp_path):
+    options = ServeOptions("tiny", ttt.TTTConfig(layers="all", chunk_size=4), eager=True)
+    said = []
+    for seed in (1, 2):
+        model = models.tiny()
+        torch.manual_seed(seed)
+        prepare(model, options, say=said.append)
+        if seed == 1:
+            ttt.Session(model).save(tmp_path / "s.ttt")
+    assert ttt.Session.load(model, tmp_path / "s.ttt").tokens_seen == [0]
+    assert "no --adapter" in said[0]
 
 
 @pytest.mark.parametrize(

@@ -104,9 +104,10 @@ class Engine:
         """Make every kind of call once, so that no client waits for the compiler.
 
         Keys and values are laid out in one way by the first call on a session and in another by later
-        ones, so each kind of later call is made on both.
+        ones, so each kind of later call is made on both. The lengths are unlike the model's sizes, such as
+        its number of heads: the compiler takes equal sizes for the same size.
         """
-        for lengths in ((2, 3, 1, 4), (3, 1)):
+        for lengths in ((37, 41, 1, 43), (47, 1)):
             session = self.new_session()
             for length in lengths:
                 self._forward(session, [0] * length)

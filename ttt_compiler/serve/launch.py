@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from ttt_compiler.adapter import load_adapter
@@ -86,6 +87,8 @@ def prepare(model: nn.Module, options: ServeOptions, *, say: Callable[[str], Non
     """Convert, load the adapter, compile."""
     if options.adapter is None:
         say("no --adapter: fast weights change nothing until they are trained; sessions keep keys and values")
+        # What conversion draws for the untrained P is part of the model that saved sessions belong to.
+        torch.manual_seed(0)
         convert(model, options.config)
     else:
         load_adapter(model, options.adapter)
