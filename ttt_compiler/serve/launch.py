@@ -73,7 +73,11 @@ def serve(options: ServeOptions, *, say: Callable[[str], None]) -> None:
     store = None if options.sessions is None else Store(options.sessions, model)
     prepare(model, options, say=say)
     engine = Engine(model, tokenizer)
-    say("warming up" if options.eager else "compiling: minutes the first time, later runs find it on disk")
+    say(
+        "warming up"
+        if options.eager
+        else "compiling five kinds of calls: takes minutes, less when it was done before"
+    )
     engine.warm_up()
     app = build_app(model_name(options.model), lambda: Sessions(engine, chat, store, options.max_sessions))
     config = uvicorn.Config(
