@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import errno
 import json
 
 import httpx
@@ -329,9 +330,8 @@ class TestWhatGoesWrong:
             server.say(user(TEXTS[0]), session="s")
             direct.say(TEXTS[0])
             with monkeypatch.context() as patch:
-                patch.setattr(
-                    "safetensors.torch.save_file", lambda *a, **k: (_ for _ in ()).throw(OSError("full"))
-                )
+                full = OSError(errno.ENOSPC, "No space left on device")
+                patch.setattr("ttt_compiler.runtime.atomic.os.fsync", lambda _: (_ for _ in ()).throw(full))
                 with refused(500, "internal_error"):
                     server.chat(user("w1"), session="s")
             assert server.say(user(TEXTS[1]), session="s") == direct.say(TEXTS[1])

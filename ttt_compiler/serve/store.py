@@ -20,7 +20,8 @@ from typing import Any
 from torch import nn
 
 from ttt_compiler.errors import SnapshotError, TTTError
-from ttt_compiler.runtime.files import read_json, replacing
+from ttt_compiler.runtime.atomic import replacing
+from ttt_compiler.runtime.files import read_json
 from ttt_compiler.runtime.session import Session
 from ttt_compiler.serve.conversation import Conversation, Message
 from ttt_compiler.serve.errors import StoredSessionError
@@ -88,7 +89,7 @@ class Store:
             "messages": [asdict(m) for m in live.conversation.messages],
             "session": live.session.describe(),
         }
-        with replacing(folder / RECORD) as temporary:
+        with replacing(folder / RECORD, SnapshotError, private=True) as temporary:
             temporary.write_text(json.dumps(record), encoding="utf-8")
         for old in before:
             old.unlink(missing_ok=True)
