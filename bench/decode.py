@@ -1,0 +1,189 @@
+"""What a decoded token costs with fast weights: against the static model, and the official algorithm.
+
+    python -m bench.decode              # SmolLM2-135M, every 6th layer, chunks of 256; a few minutes
+    python -m bench.decode --layer      # one projection alone, N before and after the factored/dense switch
+
+All competitors are in one process and take turns; a correctness gate comes before any number. Bytes are the
+floor: what must be read at least.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import DynamicCache
+
+import ttt_compiler as ttt
+from bench.measure import paired
+from bench.official import official, reset
+from ttt_compiler.codegen import ops  # noqa: F401  (registers the ops)
+from ttt_compiler.codegen.layout import FACTORED, factored_limit
+from ttt_compiler.pretrained import load_pretrained
+from ttt_compiler.runtime.state import FastWeightState
+from ttt_compiler.spec import SiteSpec
+
+CHUNK, LR = 256, 0.3
+
+
+class Decoder:
+    """A model in the middle of a text: every call reads one more token of each row."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        batch: int,
+        prompt: int,
+        *,
+        fast: bool,
+        prefill: torch.nn.Module | None = None,
+    ) -> None:
+        self.model = model if prefill is None else prefill
+        self.cache = ttt.Session(model, batch).cache if fast else DynamicCache(config=model.config)
+        self.token = torch.ones(batch, 1, dtype=torch.int64)
+        ids = torch.randint(0, 1000, (batch, prompt), generator=torch.Generator().manual_seed(0))
+        for start in range(0, prompt, CHUNK):
+            self.read(ids[:, start : start + CHUNK].clone())
+        self.model = model
+
+    def read(self, ids: Tensor) -> Tensor:
+        return self.model(input_ids=ids, past_key_values=self.cache, use_cache=True).logits
+
+    def __call__(self) -> Tensor:
+        return self.read(self.token)
+
+
+def gate(fast: torch.nn.Module, published: torch.nn.Module) -> None:
+    """No number from a wrong result: both must compute the same logits over several chunks."""
+    ids = torch.randint(0, 1000, (1, 2 * CHUNK + 9), generator=torch.Generator().manual_seed(1))
+    reset(published)
+    expected = published(ids, use_cache=False).logits
+    got, session = [], ttt.Session(fast)
+    for part in (ids[:, : CHUNK + 3], ids[:, CHUNK + 3 :]):
+        got.append(fast(part.clone(), past_key_values=session.cache).logits)
+    error = float((torch.cat(got, 1) - expected).abs().max() / expected.abs().max())
+    assert error < 1e-3, f"logits differ from the official algorithm's by {error:.1e}: no timing"
+    print(f"logits against the official algorithm: error {error:.1e} of the largest")
+
+
+@torch.no_grad()
+def whole_model(rounds: int) -> None:
+    static = load_pretrained("smollm2")[0]
+    fast = ttt.convert(copy.deepcopy(static), ttt.TTTConfig(layers="every:6", chunk_size=CHUNK, lr=LR))
+    torch.manual_seed(0)
+    for name, p in fast.named_parameters():
+        if name.rpartition(".")[2].startswith("ttt_"):
+            p.copy_(torch.randn(p.shape) * 0.02)
+    chosen = [int(s.key.split(".")[2]) for s in ttt.Session(fast).state.specs]
+    published = official(fast, chosen, CHUNK, LR)
+    eager = copy.deepcopy(static)
+    # Sizes vary from row to row of the table, and compiling takes longer than measuring.
+    static.compile(dynamic=True)
+    fast.compile(backend="inplace_ttt", dynamic=True)
+    gate(fast, published)
+    print(
+        f"\nSmolLM2-135M fp32, layers {chosen}, C={CHUNK}, {torch.get_num_threads()} threads, {rounds} rounds"
+    )
+    print("| B | N | form | static compiled ms | ours / static | static eager / static | official / static |")
+    print("|---|---|---|---|---|---|---|")
+    for batch in (1, 4, 16):
+        for written in (0, CHUNK, 2 * CHUNK):
+            prompt = written + 8
+            runs = {
+                "static": Decoder(static, batch, prompt, fast=False, prefill=eager),
+                "ours": Decoder(fast, batch, prompt, fast=True),
+                "eager": Decoder(eager, batch, prompt, fast=False),
+            }
+            state = runs["ours"].cache.ttt
+            key = state.specs[0].key
+            assert state.chunks_written[key] == [written // CHUNK] * batch
+            form = "W0" if not written else "factored" if state.column(key, FACTORED)[0] else "dense"
+            if batch == 1:
+                reset(published)
+                runs["official"] = Decoder(published, 1, prompt, fast=False)
+            for run in runs.values():
+                run()
+                run()
+            x = paired(runs, rounds)
+            cells = [
+                _cell(x[n]) if n in x else "one sequence at a time" for n in ("ours", "eager", "official")
+            ]
+            print(f"| {batch} | {written} | {form} | {x['static'].seconds * 1e3:.1f} | {' | '.join(cells)} |")
+
+
+@torch.no_grad()
+def one_layer(rounds: int) -> None:
+    d, f, chunk = 1024, 3072, 64
+    spec = SiteSpec("w", d, f, d, chunk, LR, "hidden_states", True, 5, "m")
+    torch.manual_seed(0)
+    w0, conv, proj = torch.randn(d, f) * 0.02, torch.randn(d, 1, 5) * 0.1, torch.randn(d, d) * 0.01
+    print(f"\none projection D={d} F={f} fp32, C={chunk}, {torch.get_num_threads()} threads, {rounds} rounds")
+    print("| B | N | form | F.linear ms | ours / F.linear | bytes / F.linear's | host overhead us |")
+    print("|---|---|---|---|---|---|---|")
+    for batch in (1, 4, 16):
+        overhead = host_overhead(batch)
+        for written in (0, 256, 512, 1024):
+            state = FastWeightState.zeros([spec], batch, torch.float32, torch.device("cpu"))
+
+            def step(h: Tensor, t: Tensor, state: FastWeightState = state) -> Tensor:
+                return torch.ops.ttt.fast_weight_step(
+                    h, t, w0, None, conv, proj, None, spec.encode(), *state.sites["w"], state.batch
+                )
+
+            for _ in range(written // chunk):
+                step(torch.randn(batch, chunk, f), torch.randn(batch, chunk, d))
+            h, t = torch.randn(batch, 1, f), torch.randn(batch, 1, d)
+            exact = torch.stack([h[b] @ state.matrix("w", b, w0).t() for b in range(batch)])
+            rows = state.sites["w"].rows.clone()
+            error = float((step(h, t) - exact).abs().max() / exact.abs().max())
+            assert error < 1e-4, f"error {error:.1e}: no timing"
+
+            def again(step=step, h=h, t=t, site=state.sites["w"], rows=rows) -> Tensor:
+                site.rows.copy_(rows)  # always the same step: no chunk ever fills
+                return step(h, t)
+
+            x = paired({"static": lambda h=h: functional.linear(h, w0), "ours": again}, rounds)
+            few = 0 < written <= factored_limit(d, f, batch)
+            own = batch * written * (d + f) / (d * f) if few else batch - 1 if written else 0
+            form = "W0" if not written else "factored" if few else "dense"
+            print(
+                f"| {batch} | {written} | {form} | {x['static'].seconds * 1e3:.2f} | {_cell(x['ours'])} "
+                f"| {1 + own:.2f} | {overhead:.0f} |"
+            )
+
+
+def host_overhead(batch: int) -> float:
+    """Microseconds of one step of a matrix so small that nothing else counts."""
+    spec = SiteSpec("w", 8, 8, 8, 4096, LR, "hidden_states", True, 5, "m")
+    state = FastWeightState.zeros([spec], batch, torch.float32, torch.device("cpu"))
+    given = [torch.randn(s) for s in ((batch, 1, 8), (batch, 1, 8), (8, 8))]
+    conv, proj = torch.randn(8, 1, 5), torch.randn(8, 8)
+    constants = spec.encode()
+
+    def step() -> Tensor:
+        return torch.ops.ttt.fast_weight_step(
+            *given, None, conv, proj, None, constants, *state.sites["w"], state.batch
+        )
+
+    return paired({"static": step, "ours": step}, 300)["ours"].seconds * 1e6
+
+
+def _cell(x: object) -> str:
+    return f"{x.ratio:.2f} [{x.low:.2f}, {x.high:.2f}]"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--layer", action="store_true", help="one projection alone")
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--threads", type=int, default=1)
+    a = parser.parse_args()
+    torch.set_num_threads(a.threads)
+    (one_layer if a.layer else whole_model)(a.rounds)
+
+
+if __name__ == "__main__":
+    main()
