@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeGuard, cast
 
@@ -24,6 +25,7 @@ CompileOne = Callable[[Callable[..., Any]], Callable[..., Any]]
 _trampolines = itertools.count()
 # Bound methods that stand for calling the module.
 _DOORS = ("forward", "__call__", "_call_impl", "_wrapped_call_impl")
+_CALLS = ("__call__", "_wrapped_call_impl")
 
 
 def compiling_backend(context: Any) -> tuple[Any, Mapping[str, Any]]:
@@ -53,6 +55,10 @@ def install_compile_hook(
     Both the compiled wrapper and the module itself then run it. ``check(backend_kwargs)`` sees every
     use of the backend. Idempotent.
 
+    ``generate`` compiles ``model.__call__`` of its own accord for static caches, decoding only, with another
+    backend, in which fast weights cannot run. Ours wins: a call of a module that is compiled already with one
+    of ``backends`` is returned as it is.
+
     Checked on 2.13: ``torch._dynamo.eval_frame.OptimizeContext`` inherits ``__call__(fn)`` from
     ``_TorchDynamoContext``; ``OptimizedModule.forward`` is an instance attribute; ``nn.Module.compile``
     compiles ``self._call_impl``.
@@ -62,12 +68,20 @@ def install_compile_hook(
     if getattr(OptimizeContext.__call__, "_ttt_hook", False):
         return
     original = OptimizeContext.__call__
+    entries: weakref.WeakSet[Callable[..., Any]] = weakref.WeakSet()
+
+    def runs_ours(fn: Any) -> bool:
+        module = getattr(fn, "__self__", None)
+        if not isinstance(module, nn.Module) or fn.__name__ not in _CALLS:
+            return False
+        own = module.__dict__
+        return any(own.get(name) in entries for name in ("_compiled_call_impl", "forward") if own.get(name))
 
     @functools.wraps(original)
     def hooked(self: Any, fn: Any) -> Any:
         compiler_fn, backend_kwargs = compiling_backend(self)
         if compiler_fn not in backends:
-            return original(self, fn)
+            return fn if runs_ours(fn) else original(self, fn)
         check(backend_kwargs)
         if isinstance(fn, OptimizedModule):
             fn = fn._orig_mod
@@ -76,6 +90,7 @@ def install_compile_hook(
             return original(self, fn)
         forward = module._call_impl if isinstance(fn, nn.Module) else fn
         entry = bind(module, forward, functools.partial(original, self), backend_kwargs)
+        entries.add(entry)
         if not isinstance(fn, nn.Module):
             return entry
         optimized = original(self, fn)

@@ -29,6 +29,7 @@ from ttt_compiler.errors import (
     NonCausalModelError,
     UnsupportedModelError,
 )
+from ttt_compiler.runtime import generation
 from ttt_compiler.runtime.root import (
     DOCUMENTS_ARGUMENT,
     NAME,
@@ -151,6 +152,7 @@ def revert(model: nn.Module) -> nn.Module:
         del model.forward
     if OWN_FORWARD in model.__dict__:
         model.forward = model.__dict__.pop(OWN_FORWARD)
+    generation.remove(model)
     delattr(model, NAME)
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         _seen_weights.pop(tensor, None)
@@ -350,6 +352,7 @@ def _install(model: nn.Module, root: Root) -> None:
         return out
 
     model.__dict__[NAME] = root
+    generation.install(model)
     root.forward = types.MethodType(forward, model)
     if not entry:
         if own is not None:

@@ -1,8 +1,9 @@
 """Caches that carry fast weights beside keys and values.
 
 A transformers cache becomes a carrier by a change of class: every operation on its rows and tokens is
-applied to the fast weights too. May be changed here: which cache operations are mirrored, when
-transformers adds one. transformers is not imported: any object with these methods will do.
+applied to the fast weights too, and one that cannot be applied to both changes neither. May be changed
+here: which cache operations are mirrored, when transformers adds one. transformers is not imported: any
+object with these methods will do.
 """
 
 from __future__ import annotations
@@ -14,14 +15,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ttt_compiler.errors import CacheError
+from ttt_compiler.errors import CacheError, CropError
 from ttt_compiler.runtime.state import FastWeightState
+
+# Set on a cache, carrier or not yet, whose last tokens may be taken back (assisted decoding).
+RECORDS = "_ttt_records"
+# Fewest tokens that are kept revocable: drafts are up to 20 tokens by default, and growing has a price.
+_FEWEST = 32
 
 
 class FastWeightCache:
-    """Mixed into the class of a cache; ``self.ttt`` is its :class:`FastWeightState`."""
+    """Mixed into the class of a cache; ``self.ttt`` is its :class:`FastWeightState`.
+
+    Attributes:
+        ttt: the fast weights of the cache's rows.
+        unconfirmed: tokens that came since :meth:`crop` ran last; counted while the cache records.
+    """
 
     ttt: FastWeightState
+    unconfirmed: int = 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Permute rows (beam search)."""
@@ -38,19 +50,28 @@ class FastWeightCache:
         super().batch_select_indices(indices)  # type: ignore[misc]
         self.ttt.select(indices)
 
+    def activate_past_recording(self) -> None:
+        """From now on keep what :meth:`crop` needs to take back tokens; assisted decoding calls this."""
+        super().activate_past_recording()  # type: ignore[misc]
+        record_past(self, True)
+
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last ``-tokens_to_remove`` tokens.
 
         Raises:
-            CropError: they reach into a written chunk. Neither keys and values nor fast weights changed.
+            CropError: the cache's layers cannot, or the fast weights cannot. Nothing changed.
         """
-        self.ttt.crop(-tokens_to_remove)
+        if tokens_to_remove < 0:
+            _require_croppable(self)
+            self.ttt.crop(-tokens_to_remove)
         super().crop(tokens_to_remove)  # type: ignore[misc]
+        self.unconfirmed = 0
 
     def reset(self) -> None:
         """Forget everything: no keys and values, slow weights."""
         super().reset()  # type: ignore[misc]
         self.ttt.reset()
+        self.unconfirmed = 0
 
 
 @functools.cache
@@ -71,6 +92,57 @@ def attach_state(cache: Any, state: FastWeightState) -> Any:
             ) from e
     cache.ttt = state
     return cache
+
+
+def record_past(cache: Any, records: bool) -> None:
+    """Say whether the last tokens of ``cache``, carrier or not yet, may be taken back."""
+    setattr(cache, RECORDS, records)
+    cache.unconfirmed = 0
+
+
+def expect(cache: FastWeightCache, tokens: int, logits_to_keep: object) -> None:
+    """Before a call of ``tokens`` tokens: a recording cache can take back all that came since its last crop.
+
+    Drafts grow while they are right and may come one token a call, so what must stay revocable is not known
+    when recording starts; it is known here, before the tokens arrive. Of a prompt only those tokens count
+    whose logits are asked for: what was not compared with logits is not taken back.
+    """
+    if not getattr(cache, RECORDS, False):
+        return
+    if isinstance(logits_to_keep, int) and logits_to_keep > 0:
+        tokens = min(tokens, logits_to_keep)
+    cache.unconfirmed += tokens
+    if cache.unconfirmed > cache.ttt.revocable:
+        # By doubling: the tail's size is a shape that graphs are compiled for.
+        cache.ttt.keep_revocable(max(_FEWEST, 1 << (cache.unconfirmed - 1).bit_length()))
+
+
+def cached_tokens(cache: Any) -> int:
+    """Tokens that a cache holds, as a number: static caches count in a tensor."""
+    return int(cache.get_seq_length())
+
+
+def _require_croppable(cache: Any) -> None:
+    """Raise unless all layers of a cache can take back tokens.
+
+    Raises:
+        CropError: naming a layer that cannot. transformers would raise half-way, or leave recurrent states.
+    """
+    stay = "Fork or save the session before tokens that may be rejected"
+    layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", ())
+    stuck = next((x for x in layers if not getattr(x, "is_croppable", True) or not hasattr(x, "crop")), None)
+    if stuck is not None:
+        raise CropError(
+            f"cannot take back tokens: cache layers of type {type(stuck).__name__} cannot be cropped. "
+            f"{stay}, or use a DynamicCache of a model without recurrent layers"
+        )
+    for layer in layers:
+        window = getattr(layer, "sliding_window", None)
+        if window is not None and not layer.record_past and layer.get_seq_length() >= window:
+            raise CropError(
+                f"cannot take back tokens: a sliding window of {window} tokens is full, and what left it is "
+                f"gone. Call cache.activate_past_recording() before the tokens that may be rejected. {stay}"
+            )
 
 
 def evict(layers: Iterable[Any], keep: int, sink: int) -> None:

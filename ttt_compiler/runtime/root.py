@@ -27,7 +27,8 @@ from ttt_compiler.errors import (
     PositionError,
     UnsupportedModelError,
 )
-from ttt_compiler.runtime.cache import attach_state, is_carrier
+from ttt_compiler.runtime.cache import attach_state, cached_tokens, expect, is_carrier
+from ttt_compiler.runtime.generation import require_carriable
 from ttt_compiler.runtime.site import CallContext, FastWeightSite, mark, weight_of
 from ttt_compiler.runtime.state import FastWeightState, check_fits
 from ttt_compiler.spec import SiteSpec
@@ -177,6 +178,7 @@ class Root:
                     "ttt.disabled(model) use a cache of its own: transformers.DynamicCache()"
                 )
             return kwargs, False
+        require_carriable(self, args, kwargs)
         pos = self.argument("position_ids", args, kwargs)
         if pos is not None and pos.dim() not in (1, 2):
             raise PositionError(
@@ -201,16 +203,17 @@ class Root:
             )
         if is_carrier(cache):
             self._check(cache.ttt, tokens.shape[0])
-            cache.ttt.admit(int(cache.get_seq_length()), tokens.shape[1])
-        elif cache.get_seq_length() > 0:
+            cache.ttt.admit(cached_tokens(cache), tokens.shape[1])
+        elif cached_tokens(cache) > 0:
             raise CacheError(
-                f"this cache holds {cache.get_seq_length()} tokens but no fast weights: it was made before "
+                f"this cache holds {cached_tokens(cache)} tokens but no fast weights: it was made before "
                 "the model was converted, or by a call without use_cache=True. Start over with an "
                 "empty cache: "
                 "model(..., use_cache=True), model.generate(...), or ttt.Session(model)"
             )
         else:
             attach_state(cache, self.new_state(tokens.shape[0]))
+        expect(cache, tokens.shape[1], self.argument("logits_to_keep", args, kwargs))
         return kwargs, True
 
     def _check_mask(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -249,7 +252,7 @@ class Root:
         """What a call looks like apart from its sizes; calls of one kind share compiled code."""
         cache, tokens = self.argument("past_key_values", args, kwargs), self._tokens(args, kwargs)
         given = frozenset(name for name, value in kwargs.items() if value is not None)
-        fresh = cache is not None and cache.get_seq_length() == 0
+        fresh = cache is not None and cached_tokens(cache) == 0
         one = tokens is not None and tokens.shape[1] == 1
         return (
             self.context.enabled,

@@ -1,0 +1,473 @@
+"""Every mode and every cache of ``generate``: the tokens of the oracle, or a refusal that says what to type.
+
+The oracle is :class:`Truth`: the same ``generate`` over a model that reads every sequence alone and whole by
+the reference, without any cache. What transformers itself cannot do keeps transformers' own error. Chunks
+are of 4 tokens, so that every run crosses their borders.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+
+import pytest
+import torch
+from transformers import (
+    CompileConfig,
+    ContinuousBatchingConfig,
+    DynamicCache,
+    EncoderDecoderCache,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
+    StaticCache,
+    TextIteratorStreamer,
+)
+from transformers.modeling_outputs import CausalLMOutput
+
+import ttt_compiler as ttt
+from tests import models
+from tests.tolerances import SEGMENTATION, relative_error
+from ttt_compiler.errors import CacheError, CropError
+from ttt_compiler.runtime.state import FastWeightState
+
+NEW = 13
+# Shorter than a chunk, whole chunks, neither.
+LENGTHS = (3, 8, 11)
+NEEDS_REVOCABLE = pytest.mark.xfail(reason="needs revocable tokens", strict=False)
+EVERYWHERE = CompileConfig()
+EVERYWHERE._compile_all_devices = True
+
+
+class Truth(LlamaForCausalLM):
+    """What ``generate`` must see: logits of the reference, each sequence alone and whole."""
+
+    def forward(self, input_ids, attention_mask=None, **kwargs):
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        logits = torch.zeros(*input_ids.shape, models.VOCAB)
+        for row, real in enumerate(mask.bool()):
+            logits[row, real] = models.oracle(self.fast[0], input_ids[row : row + 1, real])[0]
+        return CausalLMOutput(logits=logits)
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = models.converted()
+    model.compile(backend="inplace_ttt_eager")
+    return model
+
+
+@pytest.fixture(scope="module")
+def base():
+    return models.tiny()
+
+
+@pytest.fixture(scope="module")
+def truth(model):
+    truth = Truth(model.config).eval()
+    truth.fast = (model,)  # in a tuple, so that it is no submodule
+    return truth
+
+
+def run(model, tokens, **mode):
+    settings = {"max_new_tokens": NEW, "do_sample": False, **mode}
+    torch.manual_seed(5)
+    return model.generate(tokens, **settings)
+
+
+@pytest.fixture(scope="module")
+def greedy(truth):
+    """Greedy continuations of the prompts of :data:`LENGTHS`, by the oracle."""
+    return functools.cache(lambda length: run(truth, models.ids(1, length), use_cache=False))
+
+
+def padded(*lengths):
+    prompts = [models.ids(1, n, seed=n) for n in lengths]
+    tokens, mask = torch.zeros(2, len(lengths), max(lengths), dtype=torch.int64)
+    for row, prompt in enumerate(prompts):
+        tokens[row, -prompt.shape[1] :] = prompt
+        mask[row, -prompt.shape[1] :] = 1
+    return tokens, mask
+
+
+def test_the_oracle_is_not_the_base_model(base, greedy):
+    for length in LENGTHS:
+        assert not torch.equal(run(base, models.ids(1, length)), greedy(length))
+
+
+CACHES = {
+    "dynamic": {},
+    "prefill of single tokens": {"prefill_chunk_size": 1},
+    "prefill beside chunk borders": {"prefill_chunk_size": 3},
+    "prefill on chunk borders": {"prefill_chunk_size": 4},
+    "static": {"cache_implementation": "static"},
+    "static, larger": {"cache_implementation": "static", "max_cache_len": 64},
+    "static, chunked prefill": {"cache_implementation": "static", "prefill_chunk_size": 3},
+    "static, compiled by generate": {"cache_implementation": "static", "compile_config": EVERYWHERE},
+    "static, not compiled by generate": {"cache_implementation": "static", "disable_compile": True},
+    "quantized": {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}},
+}
+
+
+@pytest.mark.parametrize("mode", CACHES)
+def test_caches(model, greedy, mode):
+    for length in LENGTHS:
+        assert torch.equal(run(model, models.ids(1, length), **CACHES[mode]), greedy(length)), length
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "prefill beside chunk borders", "static"])
+def test_left_padded_rows(model, truth, mode):
+    tokens, mask = padded(9, 4, 13)
+    out = run(model, tokens, attention_mask=mask, **CACHES[mode])
+    assert torch.equal(out, run(truth, tokens, attention_mask=mask, use_cache=False))
+
+
+SEARCHES = {
+    "greedy, repetition penalty": {"repetition_penalty": 1.3},
+    "sampling": {"do_sample": True},
+    "several samples": {"do_sample": True, "num_return_sequences": 3, "top_k": 9},
+    "beams": {"num_beams": 3, "num_return_sequences": 2},
+    "beam sampling": {"num_beams": 3, "do_sample": True},
+    "beams, static": {"num_beams": 3, "cache_implementation": "static"},
+    "guidance": {"guidance_scale": 1.5},
+}
+
+
+@pytest.mark.parametrize("mode", SEARCHES)
+def test_searches(model, truth, base, mode):
+    tokens = models.ids(2, 7)
+    mode = SEARCHES[mode]
+    out = run(model, tokens, **mode)
+    mode = {k: v for k, v in mode.items() if k != "cache_implementation"}
+    assert torch.equal(out, run(truth, tokens, use_cache=False, **mode))
+    assert not torch.equal(out, run(base, tokens, **mode))
+
+
+def test_without_a_cache(model, greedy):
+    assert torch.equal(run(model, models.ids(1, 3), use_cache=False), greedy(3))
+
+
+def test_from_embeddings(model, greedy):
+    embeddings = model.get_input_embeddings()(models.ids(1, 11)).detach()
+    out = model.generate(inputs_embeds=embeddings, max_new_tokens=NEW, do_sample=False)
+    assert torch.equal(out, greedy(11)[:, 11:])
+
+
+def test_raw_streamer(model, greedy):
+    class Streamer:
+        seen, ended = [], False
+
+        def put(self, value):
+            self.seen.append(value.reshape(-1))
+
+        def end(self):
+            self.ended = True
+
+    streamer = Streamer()
+    run(model, models.ids(1, 11), streamer=streamer)
+    assert torch.equal(torch.cat(streamer.seen)[None], greedy(11))
+    assert streamer.ended
+
+
+def test_text_streamer_in_a_thread(model, greedy):
+    class Tokenizer:
+        def decode(self, tokens, **kwargs):
+            return "".join(f"{t} " for t in tokens)
+
+    streamer = TextIteratorStreamer(Tokenizer(), skip_prompt=True, timeout=60)
+    thread = threading.Thread(target=run, args=(model, models.ids(1, 11)), kwargs={"streamer": streamer})
+    thread.start()
+    text = "".join(streamer)
+    thread.join()
+    assert [int(t) for t in text.split()] == greedy(11)[0, 11:].tolist()
+
+
+def widest(model, input_ids, generation_config, past_key_values, step, **kwargs):
+    """A decoding loop of a user's own: of the 3 likeliest tokens, the one that is surest of what follows."""
+    logits = step(input_ids, past_key_values)
+    while input_ids.shape[1] < generation_config.max_length:
+        tokens = logits[0, -1].topk(3).indices[:, None]
+        if past_key_values is not None:
+            past_key_values.batch_repeat_interleave(3)
+        logits = step(torch.cat([input_ids.expand(3, -1), tokens], 1), past_key_values)
+        best = logits[:, -1].amax(-1).argmax()[None]
+        if past_key_values is not None:
+            past_key_values.batch_select_indices(best)
+        input_ids, logits = torch.cat([input_ids, tokens[best]], 1), logits[best]
+    return input_ids
+
+
+def test_a_custom_loop_that_repeats_and_selects_rows(model, truth):
+    def through_cache(tokens, cache):
+        return model(tokens[:, cache.get_seq_length() :], past_key_values=cache).logits
+
+    def whole(tokens, cache):
+        return truth(tokens).logits
+
+    tokens = models.ids(1, 6)
+    out = run(model, tokens, custom_generate=widest, step=through_cache)
+    settings = type("", (), {"max_length": 6 + NEW})
+    assert torch.equal(out, widest(truth, tokens, settings, None, whole))
+
+
+class TestStaticCaches:
+    def test_turns_reset_and_early_initialisation(self, model, greedy):
+        cache = StaticCache(model.config, max_cache_len=64)
+        cache.early_initialization(1, 2, 8, torch.float32, torch.device("cpu"))
+        for _ in range(2):
+            first = run(model, models.ids(1, 11), past_key_values=cache, max_new_tokens=6)
+            assert cache.ttt.tokens_seen == [16]
+            second = run(model, first, past_key_values=cache, max_new_tokens=NEW - 6)
+            assert torch.equal(second, greedy(11))
+            cache.reset()
+            assert cache.ttt.tokens_seen == [0]
+
+    def test_nothing_is_compiled_again(self, model):
+        def graphs():
+            return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+        for _ in range(2):
+            before = graphs()
+            run(model, models.ids(1, 11), cache_implementation="static", max_cache_len=64)
+        assert graphs() == before
+
+    def test_tokens_without_fast_weights_are_counted_in_the_message(self, model, base):
+        cache = StaticCache(model.config, max_cache_len=64)
+        run(base, models.ids(1, 5), past_key_values=cache, max_new_tokens=2)
+        with pytest.raises(CacheError, match="holds 6 tokens but no fast weights"):
+            run(model, models.ids(1, 8), past_key_values=cache)
+
+    def test_tokens_cannot_be_taken_back(self, model):
+        cache = StaticCache(model.config, max_cache_len=64)
+        model(models.ids(1, 7), past_key_values=cache)
+        with pytest.raises(CropError, match="StaticLayer cannot be cropped"):
+            cache.crop(-1)
+        assert cache.ttt.tokens_seen == [7]
+        with pytest.raises(ValueError, match="not supported with Static"):
+            run(model, models.ids(1, 11), prompt_lookup_num_tokens=3, cache_implementation="static")
+
+
+def windowed(kind, config, **kwargs):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4}
+    heads = {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512}
+    no_tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    plain = kind(config(vocab_size=models.VOCAB, **sizes, **heads, **no_tokens, **kwargs)).eval()
+    return models.randomize(ttt.convert(plain, ttt.TTTConfig(layers="all", chunk_size=4, lr=1.0)))
+
+
+FAMILIES = {
+    "sliding": (MistralForCausalLM, MistralConfig, {"sliding_window": 6}),
+    "hybrid": (
+        Gemma3ForCausalLM,
+        Gemma3TextConfig,
+        {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "convolution": (Lfm2ForCausalLM, Lfm2Config, {"layer_types": ["conv", "full_attention"]}),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_with_other_cache_layers(family):
+    kind, config, settings = FAMILIES[family]
+    model = windowed(kind, config, **settings)
+    model.compile(backend="inplace_ttt_eager")
+    tokens = models.ids(1, 11)
+    expected = tokens
+    for _ in range(NEW):
+        expected = torch.cat([expected, models.oracle(model, expected)[:, -1:].argmax(-1)], 1)
+    modes = ["dynamic", "prefill beside chunk borders", *(["static"] if family != "convolution" else [])]
+    for mode in modes:
+        assert torch.equal(run(model, tokens, **CACHES[mode]), expected), mode
+    with ttt.disabled(model):
+        assert not torch.equal(run(model, tokens), expected)
+
+
+def test_a_full_window_takes_back_what_it_recorded_only():
+    kind, config, settings = FAMILIES["sliding"]
+    model = windowed(kind, config, **settings)
+    model.compile(backend="inplace_ttt_eager")
+    tokens = models.ids(1, 14)
+    session = ttt.Session(model)
+    model(tokens[:, :7], past_key_values=session.cache)
+    with pytest.raises(CropError, match="window of 6 tokens is full"):
+        session.cache.crop(-1)
+    assert session.tokens_seen == [7]
+    session.cache.activate_past_recording()
+    model(tokens[:, 7:11], past_key_values=session.cache)
+    session.cache.crop(-2)
+    out = model(tokens[:, 9:], past_key_values=session.cache).logits
+    assert relative_error(out, models.oracle(model, tokens)[:, 9:]) < SEGMENTATION
+
+
+def test_encoder_decoder_caches_of_a_decoder(model, greedy):
+    cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    assert torch.equal(run(model, models.ids(1, 11), past_key_values=cache), greedy(11))
+
+
+def draft(kind):
+    if kind == "base":
+        return models.tiny(layers=1)
+    # Another adapter than the model's own, so that it is wrong at times.
+    other = models.converted(scale=0.29)
+    other.compile(backend="inplace_ttt_eager")
+    return other
+
+
+ASSISTED = {
+    "prompt lookup": {"prompt_lookup_num_tokens": 3},
+    "prompt lookup, longer than chunks": {"prompt_lookup_num_tokens": 10},
+    "draft model": {"assistant_model": "base"},
+    "converted draft model": {"assistant_model": "fast"},
+    "drafts that grow": {"assistant_model": "fast", "num_assistant_tokens_schedule": "heuristic"},
+    "early exit": {"assistant_early_exit": 1},
+}
+
+
+def assisted(model, tokens, mode, **more):
+    mode = dict(mode)
+    if "assistant_model" in mode:
+        mode["assistant_model"] = draft(mode["assistant_model"])
+        config = mode["assistant_model"].generation_config
+        config.num_assistant_tokens = 5
+        config.num_assistant_tokens_schedule = mode.pop("num_assistant_tokens_schedule", "constant")
+    return run(model, tokens, **mode, **more)
+
+
+@NEEDS_REVOCABLE
+@pytest.mark.parametrize("mode", ASSISTED)
+def test_assisted_decoding_is_greedy(model, greedy, mode):
+    for length in LENGTHS:
+        assert torch.equal(assisted(model, models.ids(1, length), ASSISTED[mode]), greedy(length)), length
+
+
+@NEEDS_REVOCABLE
+def test_assisted_sampling_follows_the_fast_weights(model, truth):
+    out = run(
+        model,
+        models.ids(1, 11),
+        do_sample=True,
+        prompt_lookup_num_tokens=3,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    expected = truth(out.sequences[:, :-1]).logits[:, 10:]
+    assert relative_error(torch.stack(out.logits, 1), expected) < SEGMENTATION
+
+
+@pytest.mark.parametrize("mode", ASSISTED)
+def test_assisted_decoding_takes_back_tokens_across_chunk_borders(base, mode, monkeypatch):
+    """The tests above mean something: on the base model they hold, and written chunks would be undone."""
+    mode, crossed = ASSISTED[mode], []
+    original = DynamicCache.crop
+
+    def crop(self, tokens):
+        end = self.get_seq_length()
+        crossed.append((end + tokens) // 4 < end // 4)
+        original(self, tokens)
+
+    monkeypatch.setattr(DynamicCache, "crop", crop)
+    tokens = models.ids(1, 11)
+    assert torch.equal(assisted(base, tokens, mode), run(base, tokens))
+    assert any(crossed)
+
+
+@pytest.mark.parametrize("mode", ASSISTED)
+def test_what_is_taken_back_was_kept_revocable(model, mode, monkeypatch):
+    kept, crops = {}, []
+
+    def keep_revocable(self, tokens):
+        kept[self] = max(tokens, kept.get(self, 0))
+
+    def crop(self, tokens):
+        crops.append(tokens)
+        assert tokens <= kept.get(self, 0)
+
+    monkeypatch.setattr(FastWeightState, "keep_revocable", keep_revocable, raising=False)
+    monkeypatch.setattr(FastWeightState, "crop", crop)
+    assisted(model, models.ids(1, 11), ASSISTED[mode], max_new_tokens=40)
+    assert max(crops) > 0
+    assert max(kept.values()) < 128, "what may be taken back does not grow with the sequence"
+    kept.clear()
+    run(model, models.ids(1, 11))
+    assert not kept, "plain generation keeps nothing"
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        {"penalty_alpha": 0.5, "top_k": 4},
+        {"dola_layers": "low"},
+        {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.1},
+        {"num_beams": 4, "force_words_ids": [[5]]},
+    ],
+    ids=["contrastive", "dola", "diverse beams", "constrained beams"],
+)
+def test_modes_that_live_on_the_hub(model, mode):
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        run(model, models.ids(1, 5), **mode)
+
+
+def test_extra_prediction_layers_are_the_models_own(model):
+    with pytest.raises(ValueError, match="num_mtp_layers"):
+        run(model, models.ids(1, 5), use_mtp=True)
+
+
+class TestRefusals:
+    def test_continuous_batching(self, model):
+        prompts = models.ids(2, 5)
+        for start in (
+            lambda: model.generate_batch(prompts.tolist(), max_new_tokens=3),
+            lambda: run(model, prompts, cache_implementation="paged"),
+            lambda: model.init_continuous_batching(),
+            lambda: model.continuous_batching_context_manager().__enter__(),
+        ):
+            with pytest.raises(CacheError, match="left-padded batch"):
+                start()
+        with pytest.raises(CacheError, match="left-padded batch"):
+            model(prompts, use_cache=False, read_index=[prompts[0]], write_index=[prompts[0]])
+
+    def test_continuous_batching_of_the_base_model(self, model, base):
+        tokens = models.ids(1, 5)
+        settings = ContinuousBatchingConfig(num_blocks=8, page_size=32, max_batch_tokens=64)
+        with ttt.disabled(model):
+            config = type(model.generation_config)(max_new_tokens=3, do_sample=False, eos_token_id=-1)
+            out = model.generate_batch(
+                tokens.tolist(), generation_config=config, continuous_batching_config=settings
+            )
+        (result,) = out.values()
+        assert result.generated_tokens == run(base, tokens, max_new_tokens=3)[0, 5:].tolist()
+
+    @pytest.mark.parametrize("kind", ["offloaded", "offloaded_static"])
+    def test_offloaded(self, model, kind):
+        with pytest.raises(CacheError, match="this model runs there"):
+            run(model, models.ids(1, 5), cache_implementation=kind)
+
+    def test_models_that_keep_their_past_elsewhere(self):
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "attention_hidden_size": 32, "intermediate_size": 80}
+        config = RwkvConfig(vocab_size=models.VOCAB, num_hidden_layers=2, context_length=64, **sizes)
+        model = ttt.convert(RwkvForCausalLM(config).eval(), ttt.TTTConfig(layers="all", chunk_size=4))
+        model.compile(backend="inplace_ttt_eager")
+        tokens = models.ids(1, 5)
+        with pytest.raises(CacheError, match="'state', which cannot carry"):
+            run(model, tokens)
+        out = model(tokens, use_cache=False)
+        with pytest.raises(CacheError, match="use_cache=False"):
+            model(tokens, state=[out.logits], use_cache=False)
+
+    def test_more_rows_than_the_session_has(self, model):
+        with pytest.raises(CacheError, match="1 sequences, but the call has 3"):
+            run(model, models.ids(1, 5), num_beams=3, past_key_values=ttt.Session(model).cache)
+
+
+def test_revert_gives_generate_back(base):
+    model = models.converted()
+    ttt.revert(model)
+    assert vars(model).keys() == vars(base).keys()

@@ -1,0 +1,116 @@
+"""What ``generate`` of transformers must know of a converted model, and what cannot carry fast weights.
+
+Assisted decoding takes tokens back, from caches that no call has seen yet, so the place where ``generate``
+prepares its cache says so. Continuous batching runs in a thread that logs errors and returns prompts, so it
+is refused at its door as well as in the call. May be changed here: which methods of a model are wrapped,
+and which caches are refused. Checked on transformers 5.23; ``tests/runtime/test_generation_modes.py`` fails
+when one of them moves.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ttt_compiler.errors import CacheError
+from ttt_compiler.runtime.cache import RECORDS, record_past
+
+if TYPE_CHECKING:
+    from ttt_compiler.runtime.root import Root
+
+# Arguments in which models of transformers keep what they have read, other than ``past_key_values``.
+_OTHER_CACHES = ("cache_params", "state", "mems", "past_buckets_states")
+# Arguments that only continuous batching passes.
+_PAGED = ("read_index", "write_index")
+_NO_PAGES = (
+    "continuous batching keeps keys and values in pages that requests share, which cannot carry fast "
+    "weights. Call model.generate(input_ids, attention_mask=..., ...) on a left-padded batch instead of "
+    'generate_batch or cache_implementation="paged". To serve the base model: with ttt.disabled(model): ...'
+)
+
+
+def install(model: nn.Module) -> None:
+    """Wrap the doors of ``generate`` on this instance; a model that does not generate is left alone."""
+    for name, wrap in _WRAPPERS.items():
+        inner = getattr(type(model), name, None)
+        if inner is not None:
+            model.__dict__[name] = types.MethodType(wrap(inner), model)
+
+
+def remove(model: nn.Module) -> None:
+    """Undo :func:`install` exactly."""
+    for name in _WRAPPERS:
+        model.__dict__.pop(name, None)
+
+
+def require_carriable(root: Root, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Raise when what a call reads from, or leaves, cannot carry fast weights: it would run on base weights.
+
+    Raises:
+        CacheError: with what to type instead.
+    """
+    if all(kwargs.get(name) is not None for name in _PAGED):
+        raise CacheError(_NO_PAGES)
+    if root.make_cache is None:
+        return
+    if getattr(root.argument("past_key_values", args, kwargs), "offloading", False):
+        raise CacheError(
+            "an offloaded cache moves keys and values to the CPU, and this model runs there. Leave "
+            'cache_implementation="offloaded" (or offloading=True) out'
+        )
+    name = next((n for n in _OTHER_CACHES if n in root.slots), None)
+    used = name is not None and root.argument(name, args, kwargs) is not None
+    if used or (name is not None and root.argument("use_cache", args, kwargs) is True):
+        raise CacheError(
+            f"this model keeps what it has read in {name!r}, which cannot carry fast weights. Pass "
+            "use_cache=False (generate takes it too): every step then reads the whole sequence"
+        )
+
+
+def _refusing_pages(inner: Callable[..., Any]) -> Callable[..., Any]:
+    """``init_continuous_batching``, through which all of continuous batching goes."""
+
+    @functools.wraps(inner)
+    def init_continuous_batching(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        from ttt_compiler.runtime.root import require_root
+
+        if require_root(self)[1].context.enabled:
+            raise CacheError(_NO_PAGES)
+        return inner(self, *args, **kwargs)
+
+    return init_continuous_batching
+
+
+def _saying_what_is_assisted(inner: Callable[..., Any]) -> Callable[..., Any]:
+    """``_prepare_cache_for_generation``, which runs before anything is recorded or read.
+
+    Needed because a plain cache does not keep that ``activate_past_recording`` was called on it, and that
+    is called before the first call of the model makes it a carrier: of the model itself in assisted
+    decoding, and of a draft model in each of its rounds.
+    """
+
+    @functools.wraps(inner)
+    def prepare_cache(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(inner).bind(self, *args, **kwargs).arguments
+        out = inner(self, *args, **kwargs)
+        cache = given["model_kwargs"].get("past_key_values")
+        if cache is not None:
+            config, mode = given.get("generation_config"), given.get("generation_mode")
+            draft = bool(getattr(config, "is_assistant", False))
+            records = draft or getattr(mode, "value", mode) == "assisted_generation"
+            if records != getattr(cache, RECORDS, False):
+                record_past(cache, records)
+        return out
+
+    return prepare_cache
+
+
+_WRAPPERS = {
+    "init_continuous_batching": _refusing_pages,
+    "_prepare_cache_for_generation": _saying_what_is_assisted,
+}
