@@ -37,6 +37,16 @@ def test_other_backends_are_left_alone():
     assert torch.equal(torch.compile(module, backend="eager")(x), module(x))
 
 
+def test_a_call_of_a_module_that_is_ours_stays_ours():
+    """``generate`` compiles ``model.__call__`` by itself for static caches."""
+    module = nn.Linear(2, 2)
+    assert torch.compile(module.__call__, backend="eager") != module.__call__
+    module.compile(backend="inplace_ttt_eager")
+    assert torch.compile(module.__call__, backend="eager") == module.__call__
+    compat.forget_compiled_call(module)
+    assert torch.compile(module.__call__, backend="eager") != module.__call__
+
+
 def test_own_code_gives_each_function_its_own_code():
     def f(x):
         return x

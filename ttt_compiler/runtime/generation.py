@@ -15,10 +15,10 @@ import types
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ttt_compiler.errors import CacheError
-from ttt_compiler.runtime.cache import RECORDS, record_past
+from ttt_compiler.runtime.cache import RECORDS, cached_tokens, record_past
 
 if TYPE_CHECKING:
     from ttt_compiler.runtime.root import Root
@@ -70,6 +70,25 @@ def require_carriable(root: Root, args: tuple[Any, ...], kwargs: Mapping[str, An
             f"this model keeps what it has read in {name!r}, which cannot carry fast weights. Pass "
             "use_cache=False (generate takes it too): every step then reads the whole sequence"
         )
+
+
+def require_new_tokens(cache: Any, pos: Tensor | None) -> None:
+    """Raise when assisted decoding reads again what its cache already holds.
+
+    transformers 5.23 slices what is new off a sequence before every other prefill, not before this one: keys
+    and values would stand in the cache twice, and the fast weights would begin anew.
+
+    Raises:
+        CacheError: with what to type instead.
+    """
+    if pos is not None and getattr(cache, RECORDS, False) and bool((pos[..., 0] == 0).any()):
+        held = cached_tokens(cache)
+        if held > 0:
+            raise CacheError(
+                f"assisted decoding gives the model its whole sequence, and the cache holds {held} tokens "
+                "of it. Continue this session with plain generate, or begin assisted decoding with an "
+                "empty one"
+            )
 
 
 def _refusing_pages(inner: Callable[..., Any]) -> Callable[..., Any]:

@@ -28,7 +28,7 @@ from ttt_compiler.errors import (
     UnsupportedModelError,
 )
 from ttt_compiler.runtime.cache import attach_state, cached_tokens, expect, is_carrier
-from ttt_compiler.runtime.generation import require_carriable
+from ttt_compiler.runtime.generation import require_carriable, require_new_tokens
 from ttt_compiler.runtime.site import CallContext, FastWeightSite, mark, weight_of
 from ttt_compiler.runtime.state import FastWeightState, check_fits
 from ttt_compiler.spec import SiteSpec
@@ -203,6 +203,7 @@ class Root:
             )
         if is_carrier(cache):
             self._check(cache.ttt, tokens.shape[0])
+            require_new_tokens(cache, pos)
             cache.ttt.admit(cached_tokens(cache), tokens.shape[1])
         elif cached_tokens(cache) > 0:
             raise CacheError(
