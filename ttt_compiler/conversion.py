@@ -131,6 +131,7 @@ def convert(
             transposed=frozenset(s.weight for m in chosen if m.transposed for s in specs_of[m.weight]),
             context=context,
             slots=forward_slots(_plain_forward(model)),
+            keeps=found.keeps,
             make_cache=cache_factory(model),
         ),
     )

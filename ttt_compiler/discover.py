@@ -9,6 +9,7 @@ in the first row, show how tokens reach every MLP. May be changed here: example 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -41,6 +42,7 @@ def discover(model: nn.Module, example_inputs: Inputs | None = None) -> Discover
     args, kwargs = _dense(args, kwargs)
     recorder = Recorder(model)
     run = capture(uncompiled_call(model), recorder)
+    held = _held(model)
     with _quiet(model) as restore, visible_mlps(), torch.no_grad():
         doubled = _in_two_rows(args, kwargs)
         if doubled is not None:
@@ -63,7 +65,8 @@ def discover(model: nn.Module, example_inputs: Inputs | None = None) -> Discover
         raise UnsupportedModelError(
             f"{type(model).__name__} was not captured by Dynamo: is its forward disabled or a script module?"
         )
-    return recorder.result(_leading_shape(args, kwargs))
+    leading = _leading_shape(args, kwargs)
+    return dataclasses.replace(recorder.result(leading), keeps=_kept(model, held, leading))
 
 
 def default_inputs(model: nn.Module) -> Inputs:
@@ -85,6 +88,23 @@ def default_inputs(model: nn.Module) -> Inputs:
     ids = torch.randint(0, vocab, (_BATCH, _TOKENS), generator=generator)
     device = next(model.parameters()).device
     return (), {"input_ids": ids.to(device), "use_cache": False}
+
+
+def _held(model: nn.Module) -> dict[str, Tensor]:
+    """Tensors that modules hold as plain attributes, neither parameters nor buffers."""
+    return {
+        f"{name}.{key}": value
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _kept(model: nn.Module, before: Mapping[str, Tensor], leading: tuple[int, int] | None) -> str | None:
+    """The first plain attribute that the calls left with a row per sequence."""
+    rows = None if leading is None or leading[0] < 2 else leading[0]
+    changed = (n for n, x in _held(model).items() if x is not before.get(n) and x.shape[:1] == (rows,))
+    return next(changed, None)
 
 
 def _leading_shape(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int] | None:

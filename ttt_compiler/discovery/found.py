@@ -79,9 +79,12 @@ class Discovery:
         rejections: (weight name or None, reason) of every contraction that is no MLP down-projection.
         embed_width: width of the token embeddings, None when the graph has none.
         graphs: how many graphs the model was captured in; 1 without graph breaks.
+        keeps: an attribute of a module in which a call leaves a tensor with a row per sequence, if any: two
+            sequences of such a model would mix.
     """
 
     mlps: tuple[FoundMLP, ...]
     rejections: tuple[tuple[str | None, str], ...]
     embed_width: int | None
     graphs: int
+    keeps: str | None = None

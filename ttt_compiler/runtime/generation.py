@@ -63,6 +63,13 @@ def require_carriable(root: Root, args: tuple[Any, ...], kwargs: Mapping[str, An
             "an offloaded cache moves keys and values to the CPU, and this model runs there. Leave "
             'cache_implementation="offloaded" (or offloading=True) out'
         )
+    cached = root.argument("past_key_values", args, kwargs) is not None
+    if root.keeps is not None and (cached or root.argument("use_cache", args, kwargs) is True):
+        raise CacheError(
+            f"this model keeps what it has read in {root.keeps}, inside of its modules, where the tokens "
+            "of two sequences would mix. Pass use_cache=False (generate takes it too): every step then reads "
+            "the whole sequence"
+        )
     name = next((n for n in _OTHER_CACHES if n in root.slots), None)
     used = name is not None and root.argument(name, args, kwargs) is not None
     if used or (name is not None and root.argument("use_cache", args, kwargs) is True):
@@ -116,6 +123,7 @@ def _saying_what_is_assisted(inner: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(inner)
     def prepare_cache(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         given = inspect.signature(inner).bind(self, *args, **kwargs).arguments
+        _refuse_early_exit(self, given.get("generation_config"))
         out = inner(self, *args, **kwargs)
         cache = given["model_kwargs"].get("past_key_values")
         if cache is not None:
@@ -127,6 +135,17 @@ def _saying_what_is_assisted(inner: Callable[..., Any]) -> Callable[..., Any]:
         return out
 
     return prepare_cache
+
+
+def _refuse_early_exit(model: nn.Module, config: Any) -> None:
+    """A draft by the first layers alone leaves the fast weights of the others behind, in the same cache."""
+    from ttt_compiler.runtime.root import require_root
+
+    if getattr(config, "assistant_early_exit", None) is not None and require_root(model)[1].context.enabled:
+        raise CacheError(
+            "assistant_early_exit runs the first layers alone, and the fast weights of the others would miss "
+            "those tokens. Use prompt_lookup_num_tokens= or assistant_model="
+        )
 
 
 _WRAPPERS = {

@@ -77,6 +77,7 @@ class Root:
         slots: names of forward's positional arguments, to their positions.
         forward: the model's forward behind the boundary, bound.
         lock: held by a call; the context above serves one call at a time.
+        keeps: an attribute in which the model itself keeps what it has read, outside of any cache.
         make_cache: builds an empty key/value cache, or None for models without one.
     """
 
@@ -87,6 +88,7 @@ class Root:
     transposed: frozenset[str]
     context: CallContext
     slots: Mapping[str, int]
+    keeps: str | None = None
     make_cache: Callable[[], Any] | None = field(default=None, repr=False)
     forward: Callable[..., Any] | None = field(default=None, repr=False)
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
