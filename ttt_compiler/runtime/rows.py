@@ -86,6 +86,8 @@ def row_layout(
 
 def import_row(state: FastWeightState, spec: SiteSpec, sequence: int, given: Mapping[str, Tensor]) -> None:
     """Put what :func:`export_row` gave into a sequence that has not begun, bit for bit."""
+    # A fork that shares these tables reads slots that are free here.
+    state.own()
     site, row = state.sites[spec.key], int(state.batch[sequence])
     counts = given["rows"].tolist()
     taken = {r[SLOT] for i, r in enumerate(site.rows.tolist()) if i != row and r[WRITES]}
