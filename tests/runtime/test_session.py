@@ -111,6 +111,18 @@ def test_an_empty_session_round_trips(model, tmp_path):
     assert relative_error(read(model, tokens, loaded), models.oracle(model, tokens)) < SEGMENTATION
 
 
+def test_inference_mode(model):
+    """Its tensors count no writes, which forks and lost calls are told by elsewhere."""
+    tokens = models.ids(2, 23)
+    with torch.inference_mode():
+        session = ttt.Session(model, batch_size=2)
+        read(model, tokens[:, :10], session)
+        branch = session.fork()
+        out = read(model, tokens[:, 10:], branch)
+        session.reset()
+    assert relative_error(out, models.oracle(model, tokens)[:, 10:]) < SEGMENTATION
+
+
 def test_generate_continues_a_session(model):
     tokens = models.ids(1, 11)
     session = ttt.Session(model)

@@ -359,10 +359,15 @@ def _progress(state: FastWeightState | None, cache: Any) -> tuple[object, ...]:
     """What changes when a call advances a sequence, without reading a number back from a device."""
     if state is None:
         return ()
-    versions = tuple(x._version for site in state.sites.values() for x in site)
+    versions = tuple(_written(x) for site in state.sites.values() for x in site)
     layers = getattr(cache, "layers", ()) or ()
     keys = [getattr(layer, "keys", None) for layer in layers]
-    return versions, tuple((k.shape, k._version) if isinstance(k, Tensor) else None for k in keys)
+    return versions, tuple((k.shape, _written(k)) if isinstance(k, Tensor) else None for k in keys)
+
+
+def _written(x: Tensor) -> object:
+    """How often a tensor was written. Inference tensors do not count: they may have been."""
+    return object() if x.is_inference() else x._version
 
 
 def require_padding_mask(mask: Tensor, rows: Tensor) -> None:
