@@ -3,8 +3,8 @@
 Assisted decoding takes tokens back, from caches that no call has seen yet, so the place where ``generate``
 prepares its cache says so. Continuous batching runs in a thread that logs errors and returns prompts, so it
 is refused at its door as well as in the call. May be changed here: which methods of a model are wrapped,
-and which caches are refused. Checked on transformers 5.23; ``tests/runtime/test_generation_modes.py`` fails
-when one of them moves.
+and which caches are refused. Checked on transformers 5.23; ``tests/runtime/test_generation_modes.py`` and
+``test_assisted.py`` fail when one of them moves.
 """
 
 from __future__ import annotations
