@@ -24,7 +24,6 @@ import torch
 from torch import nn
 
 from ttt_compiler import conversion
-from ttt_compiler.codegen.cpu.gemm import state_dtype
 from ttt_compiler.compat import held_bytes
 from ttt_compiler.config import TTTConfig
 from ttt_compiler.discover import Discovery, Inputs, discover
@@ -34,7 +33,7 @@ from ttt_compiler.memory_text import render
 from ttt_compiler.runtime.cache_size import CacheKind, cache_kinds, meta_twin, total_bytes
 from ttt_compiler.runtime.root import unwrap
 from ttt_compiler.runtime.state import bytes_per_sequence
-from ttt_compiler.spec import SiteSpec
+from ttt_compiler.spec import SiteSpec, state_dtype
 
 DTYPES = {
     str(d).removeprefix("torch."): d for d in (torch.bfloat16, torch.float16, torch.float32, torch.float64)

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 # Names of the parameters added for a site whose module owns the weight under the name "weight".
 CONV, PROJ = "ttt_conv", "ttt_proj"
 # Separates the weight's name from the number of its use; no module name of any framework holds it.
@@ -135,6 +137,11 @@ class SiteSpec:
         if self.call:
             return 0
         return self.d_target * self.conv_kernel + (self.d_target * self.d_model if self.proj else 0)
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of the state and of every accumulation for operands of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def site_key(weight: str, use: int) -> str:

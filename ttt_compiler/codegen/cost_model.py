@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ttt_compiler.codegen.cpu.gemm import ONEDNN_MIN_ROWS, SHADOW_MIN_ROWS, is_amd, state_dtype
-from ttt_compiler.spec import CONV, PROJ, SiteSpec
+from ttt_compiler.codegen.cpu.gemm import ONEDNN_MIN_ROWS, SHADOW_MIN_ROWS, is_amd
+from ttt_compiler.spec import CONV, PROJ, SiteSpec, state_dtype
 
 OVERHEAD_RULE = (
     "of the model's linear FLOPs, 2 per scalar of every weight matrix and token; embedding "

@@ -25,7 +25,7 @@ from torch.utils._sympy.functions import ModularIndexing
 
 from ttt_compiler.codegen import ops as ttt_ops  # noqa: F401  (the ops must exist)
 from ttt_compiler.codegen.cpu import scan as cpu_scan
-from ttt_compiler.codegen.cpu.gemm import state_dtype
+from ttt_compiler.spec import state_dtype
 
 _conv_op = torch.ops.ttt.chunk_conv.default
 _scan_op = torch.ops.ttt.chunk_scan.default

@@ -24,10 +24,9 @@ from ttt_compiler.codegen.cpu import controls as cpu_controls
 from ttt_compiler.codegen.cpu import conv as cpu_conv
 from ttt_compiler.codegen.cpu import scan as cpu_scan
 from ttt_compiler.codegen.cpu import step as cpu_step
-from ttt_compiler.codegen.cpu.gemm import state_dtype
 from ttt_compiler.codegen.layout import StateTensors
 from ttt_compiler.errors import NotCompiledError, UnsupportedDeviceError
-from ttt_compiler.spec import SiteSpec
+from ttt_compiler.spec import SiteSpec, state_dtype
 
 _lib = torch.library.Library("ttt", "DEF")
 

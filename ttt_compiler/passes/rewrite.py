@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from ttt_compiler.codegen.cpu.gemm import state_dtype
 from ttt_compiler.compat import is_wrapper_tensor, meta_tensor
 from ttt_compiler.errors import GraphRewriteError
 from ttt_compiler.passes.base import BoundSite, GraphPass, PassState
 from ttt_compiler.passes.sequence_layout import SequenceLayout
-from ttt_compiler.spec import WriteRule
+from ttt_compiler.spec import WriteRule, state_dtype
 
 
 class RewriteFastWeights(GraphPass):

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ttt_compiler.codegen.cpu.gemm import state_dtype
 from ttt_compiler.codegen.cpu.tail import RowTail
 from ttt_compiler.codegen.layout import (
     CACHED,
@@ -25,7 +24,7 @@ from ttt_compiler.codegen.layout import (
     factored_rows,
 )
 from ttt_compiler.runtime.state import FastWeightState
-from ttt_compiler.spec import SiteSpec
+from ttt_compiler.spec import SiteSpec, state_dtype
 
 Row = dict[str, Tensor]
 

@@ -14,7 +14,6 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from ttt_compiler.codegen.cpu.gemm import state_dtype
 from ttt_compiler.codegen.layout import (
     CACHED,
     COLUMNS,
@@ -28,7 +27,7 @@ from ttt_compiler.codegen.layout import (
     factored_rows,
 )
 from ttt_compiler.errors import CacheError, CropError
-from ttt_compiler.spec import SiteSpec
+from ttt_compiler.spec import SiteSpec, state_dtype
 
 # What is written while a sequence runs; a fork shares these until then, and copies counters at once.
 _HEAVY = ("w", "tail_h", "tail_t", "tail_v", "lanes")

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ttt_compiler.codegen.cpu.gemm import state_dtype
 from ttt_compiler.codegen.reference import TINY
 from ttt_compiler.codegen.segments import documents, row_runs
+from ttt_compiler.spec import state_dtype
 
 
 def limit_writes(

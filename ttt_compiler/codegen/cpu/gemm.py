@@ -47,11 +47,6 @@ def is_amd() -> bool:
         return False
 
 
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of the state and of every accumulation for operands of ``dtype``."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def apply(h: Tensor, w: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """``out = h @ w.T (+ bias)``. h ``[m, F]``, w ``[D, F]`` of the same dtype, out ``[m, D]``."""
     if (

@@ -11,9 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ttt_compiler.codegen.cpu.gemm import FastMatrix, state_dtype, static_apply, workspace
+from ttt_compiler.codegen.cpu.gemm import FastMatrix, static_apply, workspace
 from ttt_compiler.codegen.segments import Run, documents, row_runs
 from ttt_compiler.errors import NonFiniteWriteError
+from ttt_compiler.spec import state_dtype
 
 
 def chunk_scan(

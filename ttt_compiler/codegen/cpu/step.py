@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ttt_compiler.codegen.cpu.controls import limited
 from ttt_compiler.codegen.cpu.conv import convolve
-from ttt_compiler.codegen.cpu.gemm import state_dtype, static_apply, workspace
+from ttt_compiler.codegen.cpu.gemm import static_apply, workspace
 from ttt_compiler.codegen.cpu.slots import RowMatrix, add_factored
 from ttt_compiler.codegen.cpu.tail import RowTail
 from ttt_compiler.codegen.layout import (
@@ -32,7 +32,7 @@ from ttt_compiler.codegen.layout import (
 from ttt_compiler.codegen.reference import write_limit
 from ttt_compiler.codegen.segments import Run, row_runs
 from ttt_compiler.errors import NonFiniteWriteError
-from ttt_compiler.spec import SiteSpec
+from ttt_compiler.spec import SiteSpec, state_dtype
 
 
 def fast_weight_step(
