@@ -8,6 +8,8 @@ be taken back exactly. May be changed here: how it is computed. The layout is
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -70,8 +72,8 @@ def fast_weight_step(
     length = h.shape[1]
     call = _Call(h.contiguous(), t.contiguous(), w0, bias, conv, proj, spec, state, len(batch))
     members = batch.tolist()
-    runs = row_runs(pos, len(members), length)
-    rows = [call.row(member) for member in members]
+    runs = _token_runs(pos, len(members)) if length == 1 else row_runs(pos, len(members), length)
+    rows = [_Row(call, member) for member in members]
     untouched = all(row.reads_only_w0(r, length) for row, r in zip(rows, runs, strict=True))
     y = h.new_empty(len(members), length, w0.shape[0])
     base_done = untouched or (length == 1 and any(map(_Row.needs_base, rows, runs)))
@@ -102,15 +104,15 @@ class _Call:
     ) -> None:
         self.h, self.t, self.w0, self.bias = h, t, w0, bias
         self.conv, self.proj, self.spec, self.state = conv, proj, spec, state
-        self.still = spec.lr == 0.0 or not bool(conv.any())
         self.table: list[list[int]] = state.rows.tolist()
         self.revocable = state.capacity - spec.chunk
         self.factored_limit = factored_limit(spec.d_model, spec.d_ff, batch)
         self._limit: Tensor | None = None
 
-    def row(self, index: int) -> _Row:
-        matrix = RowMatrix(self.table, index, self.state.w, self.w0, self.h.dtype, self.state.tail_h.dtype)
-        return _Row(self, index, matrix, RowTail(self.table, index, self.state, self.spec.chunk))
+    @functools.cached_property
+    def still(self) -> bool:
+        """Whether nothing is ever written. Reads all taps, so most single tokens never ask."""
+        return self.spec.lr == 0.0 or not bool(self.conv.any())
 
     def limit(self) -> Tensor | None:
         """Largest norm of a write; it reads W0, so it is found only when something is written."""
@@ -132,11 +134,22 @@ class _Call:
 class _Row:
     """One sequence's view of the call."""
 
-    def __init__(self, call: _Call, index: int, matrix: RowMatrix, tail: RowTail) -> None:
+    def __init__(self, call: _Call, index: int) -> None:
         self.call, self.index = call, index
-        self.matrix, self.tail = matrix, tail
         self.counts = call.table[index]
         self.chunk = call.spec.chunk
+
+    @functools.cached_property
+    def matrix(self) -> RowMatrix:
+        """W of this row."""
+        call = self.call
+        stored = call.state.tail_h.dtype
+        return RowMatrix(call.table, self.index, call.state.w, call.w0, call.h.dtype, stored)
+
+    @functools.cached_property
+    def tail(self) -> RowTail:
+        """Its tokens that are not written."""
+        return RowTail(self.call.table, self.index, self.call.state, self.chunk)
 
     def reads_only_w0(self, runs: list[Run], length: int) -> bool:
         """Whether no token reads a written matrix or a complete chunk, from before this call or of it."""
@@ -144,11 +157,11 @@ class _Row:
         if self.counts[WRITES] > 0 and not fresh:
             return False
         open_tokens = 0 if fresh else self.counts[SEEN] - self.counts[DONE] * self.chunk
-        return self.call.still or (len(runs) <= 1 and open_tokens + length <= self.chunk)
+        return (len(runs) <= 1 and open_tokens + length <= self.chunk) or self.call.still
 
     def needs_base(self, runs: list[Run]) -> bool:
         """Whether a single token's output contains its product with W0."""
-        return self.matrix.reads_base or runs[0].fresh or runs[0].padding
+        return runs[0].fresh or runs[0].padding or self.matrix.reads_base
 
     def advance(self, run: Run, h: Tensor, t: Tensor, y: Tensor, *, base_done: bool, apply: bool) -> None:
         """Feed the tokens of ``run``; fills ``y[run.start:run.stop]`` when ``apply``."""
@@ -265,6 +278,19 @@ class _Row:
         norms[LAST] = written
         norms[PEAK] = torch.maximum(norms[PEAK], written.to(norms.dtype))
         norms[TOTAL] += written
+
+
+_NEXT = [Run(0, 1, fresh=False, padding=False)]
+_FIRST = [Run(0, 1, fresh=True, padding=False)]
+_PADDING = [Run(0, 1, fresh=False, padding=True)]
+
+
+def _token_runs(pos: Tensor | None, batch: int) -> list[list[Run]]:
+    """:func:`row_runs` of one token per row, without tensors of each row."""
+    if pos is None:
+        return [_NEXT] * batch
+    runs = [_FIRST if p == 0 else _PADDING if p < 0 else _NEXT for p in pos[:, 0].tolist()]
+    return runs if len(runs) == batch else runs * batch
 
 
 def _norm(x: Tensor) -> Tensor:
