@@ -17,7 +17,7 @@ from ttt_compiler.codegen.cpu.controls import limited
 from ttt_compiler.codegen.cpu.conv import convolve
 from ttt_compiler.codegen.cpu.gemm import static_apply, workspace
 from ttt_compiler.codegen.cpu.slots import RowMatrix, add_factored
-from ttt_compiler.codegen.cpu.tail import RowTail
+from ttt_compiler.codegen.cpu.tail import RowTail, append_tokens
 from ttt_compiler.codegen.layout import (
     CACHED,
     CLIPPED,
@@ -80,9 +80,19 @@ def fast_weight_step(
     if base_done:
         # One read of W0 for the whole batch, by the base model's own projection.
         static_apply(h, w0, bias, out=y)
-    for b, row in enumerate(rows):
+    # Of one token most rows only read their matrix and keep it: they keep them by one copy.
+    kept = [b for b, row in enumerate(rows) if length == 1 and row.only_keeps(runs[b][0])]
+    if kept:
+        if not untouched:
+            hs, ys = call.h.unbind(0), y.unbind(0)
+            for b in kept:
+                if not base_done or rows[b].counts[WRITES]:
+                    rows[b].matrix.apply(hs[b], bias, ys[b], base_done=base_done)
+        h1, t1 = (x[:, 0] if len(kept) == len(rows) else x[kept, 0] for x in (call.h, call.t))
+        append_tokens(call.table, [members[b] for b in kept], state, spec.chunk, h1, t1)
+    for b in set(range(len(rows))).difference(kept):
         for run in runs[b]:
-            row.advance(run, call.h[b], call.t[b], y[b], base_done=base_done, apply=not untouched)
+            rows[b].advance(run, call.h[b], call.t[b], y[b], base_done=base_done, apply=not untouched)
     state.rows.copy_(torch.tensor(call.table, dtype=state.rows.dtype))
     return y
 
@@ -162,6 +172,11 @@ class _Row:
     def needs_base(self, runs: list[Run]) -> bool:
         """Whether a single token's output contains its product with W0."""
         return runs[0].fresh or runs[0].padding or self.matrix.reads_base
+
+    def only_keeps(self, run: Run) -> bool:
+        """Whether a single token completes no chunk, and none is waiting or due."""
+        open_tokens = self.counts[SEEN] - self.counts[DONE] * self.chunk
+        return not (run.fresh or run.padding) and open_tokens < self.chunk - 1
 
     def advance(self, run: Run, h: Tensor, t: Tensor, y: Tensor, *, base_done: bool, apply: bool) -> None:
         """Feed the tokens of ``run``; fills ``y[run.start:run.stop]`` when ``apply``."""

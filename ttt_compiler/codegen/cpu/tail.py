@@ -79,3 +79,48 @@ class RowTail:
         # argmin of bool: the first lane that is not used; there are as many lanes as rows.
         free = used.to(torch.uint8).argmin(0)
         return torch.where(used[self.row], free, self.row)
+
+
+def append_tokens(
+    table: list[list[int]], rows: list[int], state: StateTensors, chunk: int, h: Tensor, t: Tensor
+) -> None:
+    """Token SEEN of several rows, h ``[m, F]`` and t ``[m, Dt]``, which is counted too.
+
+    The same as one :meth:`RowTail.append` per row, in order, by one copy for all of them.
+    """
+    columns = [table[row][SEEN] % state.capacity for row in rows]
+    lanes = rows if state.lanes.shape[1] == 0 else _take_lanes(table, rows, columns, state, chunk)
+    for row in rows:
+        table[row][SEEN] += 1
+    if lanes == list(range(len(table))) and len(set(columns)) == 1:
+        state.tail_h[:, columns[0]] = h
+        state.tail_t[:, columns[0]] = t
+        return
+    where = (torch.tensor(lanes), torch.tensor(columns))
+    state.tail_h[where] = h.to(state.tail_h.dtype)
+    state.tail_t[where] = t.to(state.tail_t.dtype)
+
+
+def _take_lanes(
+    table: list[list[int]], rows: list[int], columns: list[int], state: StateTensors, chunk: int
+) -> list[int]:
+    """:meth:`RowTail.free_lanes` of one column per row, in order, by integers alone."""
+    capacity = state.capacity
+    live = [(counts[DONE] * chunk, counts[SEEN] - counts[DONE] * chunk) for counts in table]
+    lanes_of = state.lanes[:, columns].t().tolist()
+    taken: dict[int, set[int]] = {}
+    out = []
+    for row, column, lanes in zip(rows, columns, lanes_of, strict=True):
+        # A row's own entries of this column lie behind it: what it reads there is not alive.
+        used = taken.get(column)
+        if used is None:
+            used = taken[column] = {
+                lane
+                for lane, (start, size) in zip(lanes, live, strict=True)
+                if (column - start) % capacity < size
+            }
+        lane = row if row not in used else next(x for x in range(len(table)) if x not in used)
+        used.add(lane)
+        out.append(lane)
+    state.lanes[rows, columns] = torch.tensor(out, dtype=torch.int32)
+    return out
