@@ -2,15 +2,21 @@
 
     python -m bench.decode              # SmolLM2-135M, every 6th layer, chunks of 256; a few minutes
     python -m bench.decode --layer      # one projection alone, N before and after the factored/dense switch
+    python -m bench.decode --host       # what a step costs besides its bytes; seconds
+    python -m bench.decode --quick      # each of the above, small
 
 All competitors are in one process and take turns; a correctness gate comes before any number. Bytes are the
-floor: what must be read at least.
+floor: what must be read at least. The official algorithm takes one sequence: a batch is read one by one.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,8 +24,8 @@ from torch.nn import functional
 from transformers import DynamicCache
 
 import ttt_compiler as ttt
-from bench.measure import paired
-from bench.official import official, reset
+from bench.measure import Timing, paired
+from bench.official import official, reset, running
 from ttt_compiler.codegen import ops  # noqa: F401  (registers the ops)
 from ttt_compiler.codegen.layout import FACTORED, factored_limit
 from ttt_compiler.pretrained import load_pretrained
@@ -56,6 +62,24 @@ class Decoder:
         return self.read(self.token)
 
 
+class OneByOne:
+    """The official algorithm on a batch: as many decoders as rows, on one model."""
+
+    def __init__(self, model: torch.nn.Module, batch: int, prompt: int) -> None:
+        self.model, self.rows, self.states = model, [], []
+        for _ in range(batch):
+            reset(model)
+            self.rows.append(Decoder(model, 1, prompt, fast=False))
+            self.states.append([(m.past, m.weight) for m in running(model)])
+
+    def __call__(self) -> None:
+        for row, state in zip(self.rows, self.states, strict=True):
+            for module, (past, weight) in zip(running(self.model), state, strict=True):
+                module.past, module.weight = past, weight
+            row()
+            state[:] = [(m.past, m.weight) for m in running(self.model)]
+
+
 def gate(fast: torch.nn.Module, published: torch.nn.Module) -> None:
     """No number from a wrong result: both must compute the same logits over several chunks."""
     ids = torch.randint(0, 1000, (1, 2 * CHUNK + 9), generator=torch.Generator().manual_seed(1))
@@ -70,7 +94,7 @@ def gate(fast: torch.nn.Module, published: torch.nn.Module) -> None:
 
 
 @torch.no_grad()
-def whole_model(rounds: int) -> None:
+def whole_model(rounds: int, batches: Sequence[int], chunks: Sequence[int]) -> list[dict]:
     static = load_pretrained("smollm2")[0]
     fast = ttt.convert(copy.deepcopy(static), ttt.TTTConfig(layers="every:6", chunk_size=CHUNK, lr=LR))
     torch.manual_seed(0)
@@ -89,8 +113,9 @@ def whole_model(rounds: int) -> None:
     )
     print("| B | N | form | static compiled ms | ours / static | static eager / static | official / static |")
     print("|---|---|---|---|---|---|---|")
-    for batch in (1, 4, 16):
-        for written in (0, CHUNK, 2 * CHUNK):
+    table = []
+    for batch in batches:
+        for written in (n * CHUNK for n in chunks):
             prompt = written + 8
             runs = {
                 "static": Decoder(static, batch, prompt, fast=False, prefill=eager),
@@ -101,31 +126,30 @@ def whole_model(rounds: int) -> None:
             key = state.specs[0].key
             assert state.chunks_written[key] == [written // CHUNK] * batch
             form = "W0" if not written else "factored" if state.column(key, FACTORED)[0] else "dense"
-            if batch == 1:
-                reset(published)
-                runs["official"] = Decoder(published, 1, prompt, fast=False)
+            runs["official"] = OneByOne(published, batch, prompt)
             for run in runs.values():
                 run()
                 run()
             x = paired(runs, rounds)
-            cells = [
-                _cell(x[n]) if n in x else "one sequence at a time" for n in ("ours", "eager", "official")
-            ]
-            print(f"| {batch} | {written} | {form} | {x['static'].seconds * 1e3:.1f} | {' | '.join(cells)} |")
+            cells = [_cell(x[n]) for n in ("ours", "eager", "official")]
+            ms = x["static"].seconds * 1e3
+            print(f"| {batch} | {written} | {form} | {ms:.1f} | {' | '.join(cells)} |", flush=True)
+            table.append({"batch": batch, "written": written, "form": form, **_numbers(x)})
+    return table
 
 
 @torch.no_grad()
-def one_layer(rounds: int) -> None:
+def one_layer(rounds: int, batches: Sequence[int], tokens: Sequence[int]) -> list[dict]:
     d, f, chunk = 1024, 3072, 64
     spec = SiteSpec("w", d, f, d, chunk, LR, "hidden_states", True, 5, "m")
     torch.manual_seed(0)
     w0, conv, proj = torch.randn(d, f) * 0.02, torch.randn(d, 1, 5) * 0.1, torch.randn(d, d) * 0.01
     print(f"\none projection D={d} F={f} fp32, C={chunk}, {torch.get_num_threads()} threads, {rounds} rounds")
-    print("| B | N | form | F.linear ms | ours / F.linear | bytes / F.linear's | host overhead us |")
-    print("|---|---|---|---|---|---|---|")
-    for batch in (1, 4, 16):
-        overhead = host_overhead(batch)
-        for written in (0, 256, 512, 1024):
+    print("| B | N | form | F.linear ms | ours / F.linear | bytes / F.linear's |")
+    print("|---|---|---|---|---|---|")
+    table = []
+    for batch in batches:
+        for written in tokens:
             state = FastWeightState.zeros([spec], batch, torch.float32, torch.device("cpu"))
 
             def step(h: Tensor, t: Tensor, state: FastWeightState = state) -> Tensor:
@@ -151,38 +175,92 @@ def one_layer(rounds: int) -> None:
             form = "W0" if not written else "factored" if few else "dense"
             print(
                 f"| {batch} | {written} | {form} | {x['static'].seconds * 1e3:.2f} | {_cell(x['ours'])} "
-                f"| {1 + own:.2f} | {overhead:.0f} |"
+                f"| {1 + own:.2f} |",
+                flush=True,
             )
+            table.append({"batch": batch, "written": written, "form": form, "bytes": 1 + own, **_numbers(x)})
+    return table
 
 
-def host_overhead(batch: int) -> float:
-    """Microseconds of one step of a matrix so small that nothing else counts."""
-    spec = SiteSpec("w", 8, 8, 8, 4096, LR, "hidden_states", True, 5, "m")
-    state = FastWeightState.zeros([spec], batch, torch.float32, torch.device("cpu"))
-    given = [torch.randn(s) for s in ((batch, 1, 8), (batch, 1, 8), (8, 8))]
-    conv, proj = torch.randn(8, 1, 5), torch.randn(8, 8)
+@torch.no_grad()
+def host(rounds: int, batches: Sequence[int]) -> list[dict]:
+    """One step of a matrix so small that nothing else counts."""
+    chunk = 8
+    spec = SiteSpec("w", 24, 40, 24, chunk, LR, "hidden_states", True, 5, "m")
+    w0, conv, proj = torch.randn(24, 40), torch.randn(24, 1, 5), torch.randn(24, 24)
     constants = spec.encode()
+    print(f"\nmicroseconds of one step of a site besides its bytes, {rounds} rounds")
+    print("| B | form | no positions | positions | positions, rows of a pool |")
+    print("|---|---|---|---|---|")
+    table = []
+    for batch in batches:
+        for form, written in (("W0", 0), ("factored", 8), ("dense", 80)):
+            if form == "factored" and factored_limit(24, 40, batch) < written:
+                continue
+            steps = {}
+            for name, shared in (("plain", False), ("positions", False), ("pool", True)):
+                state = FastWeightState.zeros(
+                    [spec], batch, torch.float32, torch.device("cpu"), shared_lanes=shared
+                )
+                pos = None if name == "plain" else torch.full((batch, 1), written + 1)
 
-    def step() -> Tensor:
-        return torch.ops.ttt.fast_weight_step(
-            *given, None, conv, proj, None, constants, *state.sites["w"], state.batch
-        )
+                def step(h: Tensor, t: Tensor, pos: Tensor | None, state: FastWeightState = state) -> Tensor:
+                    return torch.ops.ttt.fast_weight_step(
+                        h, t, w0, None, conv, proj, pos, constants, *state.sites["w"], state.batch
+                    )
 
-    return paired({"static": step, "ours": step}, 300)["ours"].seconds * 1e6
+                for _ in range(written // chunk):
+                    step(torch.randn(batch, chunk, 40), torch.randn(batch, chunk, 24), None)
+                assert (form == "factored") == bool(state.column("w", FACTORED)[0])
+                rows, h, t = (
+                    state.sites["w"].rows.clone(),
+                    torch.randn(batch, 1, 40),
+                    torch.randn(batch, 1, 24),
+                )
+
+                def again(step=step, h=h, t=t, pos=pos, site=state.sites["w"], rows=rows) -> Tensor:
+                    site.rows.copy_(rows)
+                    return step(h, t, pos)
+
+                steps[name] = again
+            x = paired(steps, rounds)
+            print(
+                f"| {batch} | {form} | {' | '.join(f'{t.seconds * 1e6:.0f}' for t in x.values())} |",
+                flush=True,
+            )
+            table.append({"batch": batch, "form": form, **_numbers(x)})
+    return table
 
 
-def _cell(x: object) -> str:
+def _numbers(x: dict[str, Timing]) -> dict[str, dict[str, float]]:
+    return {name: dataclasses.asdict(t) for name, t in x.items()}
+
+
+def _cell(x: Timing) -> str:
     return f"{x.ratio:.2f} [{x.low:.2f}, {x.high:.2f}]"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--layer", action="store_true", help="one projection alone")
-    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--host", action="store_true", help="what a step costs besides its bytes")
+    parser.add_argument("--quick", action="store_true", help="few sizes, few rounds")
+    parser.add_argument("--rounds", type=int)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", metavar="FILE", help="write the table there too")
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
-    (one_layer if a.layer else whole_model)(a.rounds)
+    rounds = a.rounds or (10 if a.quick else 40)
+    batches = (1, 4) if a.quick else (1, 4, 16)
+    if a.host:
+        table = host(rounds * 10, batches)
+    elif a.layer:
+        table = one_layer(rounds, batches, (0, 256, 1024) if a.quick else (0, 256, 512, 1024))
+    else:
+        table = whole_model(rounds, batches, (0, 1) if a.quick else (0, 1, 2))
+    if a.json:
+        said = {"threads": a.threads, "rounds": rounds, "torch": torch.__version__, "rows": table}
+        Path(a.json).write_text(json.dumps(said, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -66,8 +66,12 @@ def official(converted: nn.Module, layers: list[int], chunk: int, lr: float) -> 
     return model
 
 
+def running(model: nn.Module) -> list[OfficialMLP]:
+    """The fast layers."""
+    return [module for module in model.modules() if isinstance(module, OfficialMLP)]
+
+
 def reset(model: nn.Module) -> None:
     """Begin another sequence."""
-    for module in model.modules():
-        if isinstance(module, OfficialMLP):
-            module.reset()
+    for module in running(model):
+        module.reset()
