@@ -6,7 +6,9 @@
     python -m bench.decode --quick      # each of the above, small
 
 All competitors are in one process and take turns; a correctness gate comes before any number. Bytes are the
-floor: what must be read at least. The official algorithm takes one sequence: a batch is read one by one.
+floor: what must be read at least. With one thread (the default) a time is that thread's own processor time,
+so that other work on the machine counts for little. The official algorithm takes one sequence: a batch is
+read one by one.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from torch.nn import functional
 from transformers import DynamicCache
 
 import ttt_compiler as ttt
-from bench.measure import Timing, paired
+from bench.measure import Timing, clock_of, paired
 from bench.official import official, reset, running
 from ttt_compiler.codegen import ops  # noqa: F401  (registers the ops)
 from ttt_compiler.codegen.layout import FACTORED, factored_limit
@@ -130,7 +132,7 @@ def whole_model(rounds: int, batches: Sequence[int], chunks: Sequence[int]) -> l
             for run in runs.values():
                 run()
                 run()
-            x = paired(runs, rounds)
+            x = paired(runs, rounds, clock_of(torch.get_num_threads()))
             cells = [_cell(x[n]) for n in ("ours", "eager", "official")]
             ms = x["static"].seconds * 1e3
             print(f"| {batch} | {written} | {form} | {ms:.1f} | {' | '.join(cells)} |", flush=True)
@@ -142,6 +144,7 @@ def whole_model(rounds: int, batches: Sequence[int], chunks: Sequence[int]) -> l
 def one_layer(rounds: int, batches: Sequence[int], tokens: Sequence[int]) -> list[dict]:
     d, f, chunk = 1024, 3072, 64
     spec = SiteSpec("w", d, f, d, chunk, LR, "hidden_states", True, 5, "m")
+    constants = spec.encode()
     torch.manual_seed(0)
     w0, conv, proj = torch.randn(d, f) * 0.02, torch.randn(d, 1, 5) * 0.1, torch.randn(d, d) * 0.01
     print(f"\none projection D={d} F={f} fp32, C={chunk}, {torch.get_num_threads()} threads, {rounds} rounds")
@@ -154,7 +157,7 @@ def one_layer(rounds: int, batches: Sequence[int], tokens: Sequence[int]) -> lis
 
             def step(h: Tensor, t: Tensor, state: FastWeightState = state) -> Tensor:
                 return torch.ops.ttt.fast_weight_step(
-                    h, t, w0, None, conv, proj, None, spec.encode(), *state.sites["w"], state.batch
+                    h, t, w0, None, conv, proj, None, constants, *state.sites["w"], state.batch
                 )
 
             for _ in range(written // chunk):
@@ -169,7 +172,8 @@ def one_layer(rounds: int, batches: Sequence[int], tokens: Sequence[int]) -> lis
                 site.rows.copy_(rows)  # always the same step: no chunk ever fills
                 return step(h, t)
 
-            x = paired({"static": lambda h=h: functional.linear(h, w0), "ours": again}, rounds)
+            linear = {"static": lambda h=h: functional.linear(h, w0), "ours": again}
+            x = paired(linear, rounds, clock_of(torch.get_num_threads()))
             few = 0 < written <= factored_limit(d, f, batch)
             own = batch * written * (d + f) / (d * f) if few else batch - 1 if written else 0
             form = "W0" if not written else "factored" if few else "dense"
@@ -223,7 +227,7 @@ def host(rounds: int, batches: Sequence[int]) -> list[dict]:
                     return step(h, t, pos)
 
                 steps[name] = again
-            x = paired(steps, rounds)
+            x = paired(steps, rounds, clock_of(torch.get_num_threads()))
             print(
                 f"| {batch} | {form} | {' | '.join(f'{t.seconds * 1e6:.0f}' for t in x.values())} |",
                 flush=True,
