@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from tests.tolerances import FP64, assert_within_budget, relative_error
 from ttt_compiler.codegen import ops, reference  # noqa: F401
+from ttt_compiler.codegen.cpu import step as cpu_step
 from ttt_compiler.codegen.layout import (
     CLIPPED,
     DONE,
@@ -23,6 +24,7 @@ from ttt_compiler.codegen.layout import (
     factored_limit,
 )
 from ttt_compiler.errors import CropError, NonFiniteWriteError
+from ttt_compiler.runtime.rows import export_row
 from ttt_compiler.runtime.state import FastWeightState
 from ttt_compiler.spec import SiteSpec, WriteRule
 
@@ -358,3 +360,37 @@ def test_write_norms_are_bounds_without_a_limit():
         reference.increment(t[0, s], h[0, s], w0, conv, proj, LR).norm() for s in (slice(0, 4), slice(4, 8))
     )
     assert float(exact) <= float(state.sites[KEY].norms[0, TOTAL]) < 10 * float(exact)
+
+
+@given(
+    st.integers(0, 10**6),
+    st.integers(1, 6),
+    st.sampled_from([0, 3]),
+    st.booleans(),
+    st.sampled_from([0, -1, 5]),
+)
+@settings(max_examples=60, deadline=None)
+def test_tokens_kept_by_one_copy_are_tokens_kept_one_by_one(seed, chunk, revocable, shared, first):
+    """Bit for bit: rows at different places of their chunks, reordered, padded and begun again."""
+    g = torch.Generator().manual_seed(seed)
+    one, batch = spec(chunk, RULES["decay"]), 4
+    states = [fresh(one, batch, revocable=revocable, shared_lanes=shared) for _ in range(2)]
+    for step in range(20):
+        args = problem(batch, 1, seed=seed + step)
+        pos = torch.full((batch, 1), 5)
+        pos[int(torch.randint(0, batch, (), generator=g))] = first
+        order = torch.randint(0, batch, (batch,), generator=g)
+        out = []
+        for state, whole in zip(states, (True, False), strict=True):
+            with pytest.MonkeyPatch.context() as patch:
+                if not whole:
+                    patch.setattr(cpu_step._Row, "only_keeps", lambda *_: False)
+                out.append(feed(state, one, args, 0, 1, pos))
+            if shared and step % 3 == 0:
+                state.select(order)
+        assert torch.equal(*out)
+        for a, b in zip(*(s.sites[KEY].rows for s in states), strict=True):
+            assert a.tolist() == b.tolist()
+    for b in range(batch):
+        exported = [export_row(s, KEY, b) for s in states]
+        assert all(torch.equal(exported[0][k], exported[1][k]) for k in exported[0])
