@@ -6,6 +6,9 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores: threads that wait for a core the other one holds cost up to ten times more.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
