@@ -103,7 +103,7 @@ class _Oracle(TorchFunctionMode):
         t = self._embeddings.last if spec.target == "input_embed" else self._input_of_up(spec)
         assert t is not None
         h, t = (_sequence(x, self._rows, self._tokens, spec.time_major) for x in (h, t))
-        y = reference.batched(h, t, w0, conv, proj, spec.lr, spec.chunk, self._pos, bias)
+        y = reference.batched(h, t, w0, conv, proj, spec.lr, spec.chunk, self._pos, bias, spec.rule)
         return (y.transpose(0, 1) if spec.time_major else y).reshape(out.shape)
 
     def _input_of_up(self, spec: SiteSpec) -> Tensor:
