@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import json
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import ttt_compiler as ttt
 from tests import models, unusual
@@ -16,6 +17,7 @@ from ttt_compiler.adapter import CONFIG_FILE, TENSOR_FILE
 from ttt_compiler.architectures.oracle import oracle_call
 from ttt_compiler.codegen import reference
 from ttt_compiler.errors import ConfigError, GraphRewriteError, NonFiniteWriteError
+from ttt_compiler.runtime.files import HEADER
 from ttt_compiler.runtime.root import require_root
 
 EAGER = "inplace_ttt_eager"
@@ -50,7 +52,9 @@ def plain(model, *, example=None, **controls):
     """A hand-written model, converted with controls and compiled."""
     torch._dynamo.reset()
     config = ttt.TTTConfig(layers="all", chunk_size=4, lr=1.0, **controls)
-    ttt.convert(model.eval(), config, example_inputs=((unusual.inputs() if example is None else example,), {}))
+    ttt.convert(
+        model.eval(), config, example_inputs=((unusual.inputs() if example is None else example,), {})
+    )
     models.randomize(model)
     model.compile(backend=EAGER, dynamic=True)
     return model
@@ -133,7 +137,7 @@ def test_stats_obey_their_laws(name):
         assert s.drift == pytest.approx(session.drift()[s.layer][s.sequence], rel=1e-5)
         assert (s.tokens, s.chunks, s.written + s.skipped) == (27, 6, 6)
         assert 0 < s.write_norm_last <= s.write_norm_peak
-        assert 0 < s.write_norm_mean <= s.write_norm_peak
+        assert 0 < s.write_norm_mean <= s.write_norm_peak * (1 + 1e-6)
         assert s.write_norm_exact == rule.limited
         if rule.limited:
             assert s.clipped > 0
@@ -149,7 +153,7 @@ def test_stats_obey_their_laws(name):
     }
 
 
-@pytest.mark.parametrize("controls", [{}, {"max_write_norm": 0.8}], ids=["free", "limited"])
+@pytest.mark.parametrize("controls", [{}, {"max_write_norm": 13.0}], ids=["free", "limited"])
 def test_stats_equal_what_the_reference_writes(controls):
     """One layer, so that its h and t can be computed from the input."""
     model = plain(unusual.Stack(unusual.MLP()), **controls)
@@ -217,32 +221,44 @@ def test_an_adapter_from_before_the_controls_loads_and_one_with_them_keeps_them(
 
 
 def _without_rules(path):
-    """The sites in the header as they were encoded before they had a rule."""
-    from safetensors import safe_open
-    from safetensors.torch import load_file, save_file
-
+    """The header as it was before sites had a rule, and files a checksum."""
     with safe_open(path, "pt") as f:
-        meta = f.metadata()
-
-    def old(x):
-        if isinstance(x, dict):
-            return {k: old(v) for k, v in x.items() if k != "rule"}
-        if isinstance(x, list):
-            return [old(v) for v in x]
-        if isinstance(x, str) and x[:1] in "[{" and x:
-            return json.dumps(old(json.loads(x)))
-        return x
-
-    save_file(load_file(path), path, {k: old(v) for k, v in meta.items()})
+        header = json.loads(f.metadata()[HEADER])
+    sites = [{k: v for k, v in json.loads(s).items() if k != "rule"} for s in header["sites"]]
+    header["sites"] = [json.dumps(site) for site in sites]
+    save_file(load_file(path), path, {HEADER: json.dumps(header)})
 
 
-def test_a_share_of_a_weight_that_exists_in_forward_only_is_refused():
-    torch.manual_seed(0)
-    mlp = unusual.MLP()
-    mlp.down = unusual.Dequantising(mlp.down)
-    stack = unusual.Stack(mlp, unusual.MLP())
+class Scaled(unusual.MLP):
+    """A projection with a factor inside: what is kept of it is the base's own product."""
+
+    def forward(self, x):
+        h = F.gelu(self.up(x)).flatten(0, 1)
+        return torch.addmm(self.down.bias, h, self.down.weight.t(), alpha=0.5).view_as(x)
+
+
+def test_a_share_of_a_weight_in_scaled_form_is_refused():
     with pytest.raises(GraphRewriteError, match=r"mlps\.0\.down.*max_write_ratio.*Use max_write_norm"):
-        plain(copy.deepcopy(stack), max_write_ratio=0.1)(unusual.inputs())
+        plain(unusual.Stack(Scaled()), max_write_ratio=0.1)(unusual.inputs())
+
+
+def test_a_share_of_a_weight_that_forward_computes():
+    """Such a W0 is in the graph, so it has a norm."""
+    torch.manual_seed(0)
+    twin = unusual.Stack(unusual.MLP())
+    quantised = unusual.Stack(unusual.MLP())
+    quantised.load_state_dict(twin.state_dict())
+    down = quantised.mlps[0].down = unusual.Dequantising(twin.mlps[0].down)
+    twin.mlps[0].down.weight.data = down.weight_int8.float() * down.scale
+    x, y = unusual.inputs(tokens=15), []
+    for model in (quantised, twin):
+        model = plain(model, max_write_ratio=0.1)
+        with torch.no_grad():
+            y.append(model(x))
+            session = ttt.Session(model, 2)
+            y += [torch.cat([model(part, ttt_state=session.state) for part in x.split([3, 12], 1)], 1)]
+        assert all(s.clipped == 3 for s in ttt.stats(session))
+    assert all(relative_error(other, y[-1]) < SEGMENTATION for other in y)
 
 
 def test_a_share_of_a_torchao_weight_is_refused_and_other_controls_work(monkeypatch):
