@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import threading
@@ -25,7 +26,7 @@ MIB = 1 << 20
 # a fraction of this.
 LEAK = 6 * MIB
 # Keys and values of 192k tokens would be 48 MiB, a factored state of as many tokens 168 MiB.
-FLAT = 16 * MIB
+FLAT = 24 * MIB
 
 
 def compiled(model):
@@ -66,6 +67,9 @@ def same(a, b):
 
 def rss():
     gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
@@ -261,7 +265,7 @@ def long_model():
         pad_token_id=None,
     )
     options = ttt.TTTConfig(
-        layers="all", chunk_size=64, lr=1.0, decay=0.97, normalize_keys="unit", max_write_ratio=0.05
+        layers="all", chunk_size=256, lr=1.0, decay=0.97, normalize_keys="unit", max_write_ratio=0.05
     )
     return compiled(models.randomize(ttt.convert(MistralForCausalLM(config).eval(), options)))
 
@@ -282,16 +286,17 @@ def read_long(model, tokens, piece, decoded):
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="counts pages as Linux does")
 def test_a_quarter_of_a_million_tokens():
+    """Pieces are short because attention inside of one takes memory and time with its square."""
     torch._dynamo.reset()
     model, tokens = long_model(), models.ids(1, LONG)
-    session, logits, sizes = read_long(model, tokens, 4096, decoded=4)
-    assert sizes[LONG] - sizes[QUARTER] < FLAT, sizes
+    session, logits, sizes = read_long(model, tokens, 1024, decoded=4)
+    assert max(sizes.values()) - sizes[QUARTER] < FLAT, sizes
     assert session.tokens_seen == [LONG]
     assert session.describe()["cache_bytes"] < MIB
     for s in ttt.stats(session):
-        assert (s.chunks, s.written, s.skipped) == (LONG // 64, LONG // 64, 0)
+        assert (s.chunks, s.written, s.skipped) == (LONG // 256, LONG // 256, 0)
         assert 0.05 < s.drift < 0.05 / (1 - 0.97)
-    other, expected, _ = read_long(model, tokens, 2048, decoded=3)
+    other, expected, _ = read_long(model, tokens, 640, decoded=3)
     assert relative_error(logits, expected) < SEGMENTATION
     for spec in session.state.specs:
         w0 = session.weight(spec)
