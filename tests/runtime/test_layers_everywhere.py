@@ -11,7 +11,7 @@ from transformers import StaticCache
 
 from tests.tolerances import relative_error
 from ttt_compiler.architectures import UnbuildableError, build, causal_lm_types, token_inputs
-from ttt_compiler.conversion import _cache_factory
+from ttt_compiler.conversion import cache_factory
 from ttt_compiler.errors import SnapshotError
 from ttt_compiler.runtime.layers import check_layers, export_layers, fill_layers, fork_cache, layer_bytes
 
@@ -82,7 +82,7 @@ def tiny(model_type):
 @pytest.mark.parametrize("model_type", [t for t in causal_lm_types() if t not in BROKEN])
 def test_dynamic(model_type):
     model = tiny(model_type)
-    make = _cache_factory(model)
+    make = cache_factory(model)
     if make is None:
         pytest.skip("it has no cache")
     goes_on(model, make, token_inputs(model, ROWS, CUTS[-1])["input_ids"])
@@ -113,7 +113,7 @@ def test_why_recurrent_gemma_cannot():
     """When this fails, transformers keeps its states in the cache, and it leaves the list above."""
     model = tiny("recurrent_gemma")
     ids = token_inputs(model, ROWS, 10)["input_ids"]
-    make = _cache_factory(model)
+    make = cache_factory(model)
     with torch.no_grad():
         caches = [make(), make()]
         for cache in caches:
