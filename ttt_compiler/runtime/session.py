@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ttt_compiler.errors import CacheError
 from ttt_compiler.runtime import snapshot
-from ttt_compiler.runtime.cache import attach_state, evict, plain_layers
+from ttt_compiler.runtime.cache import attach_state, evict, only_last, plain_layers
 from ttt_compiler.runtime.layers import fork_cache, layer_bytes
 from ttt_compiler.runtime.root import require_root
 from ttt_compiler.runtime.state import FastWeightState
@@ -75,7 +75,8 @@ class Session:
 
         Costs ``tokens`` more rows of the tail per site. Assisted decoding asks for it by itself.
         """
-        self.state.keep_revocable(tokens)
+        with self._root.lock:
+            self.state.keep_revocable(tokens)
 
     def drift(self) -> dict[str, list[float]]:
         """``||W - W0||_F / ||W0||_F`` per site and row."""
@@ -123,6 +124,9 @@ class Session:
         if keep < 0 or sink < 0:
             raise CacheError(f"evict(keep={keep}, sink={sink}): both must be at least 0")
         evict(plain_layers(self.cache), keep, sink)
+        # What is kept may be taken back; what lies before it is gone.
+        if self.cache is not None:
+            self.cache.arrivals = only_last(self.cache.arrivals, keep)
 
     def save(self, path: str | os.PathLike[str], *, compress: str | None = None) -> None:
         """Write the session to ``path`` (safetensors with a JSON header), replacing a file atomically.
