@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -103,6 +104,8 @@ def test_without_an_adapter_sessions_belong_to_the_same_model_after_a_restart(tm
     [
         (["./no-such-folder"], "no such folder"),
         (["smollm2", "--max-sessions", "0"], "max_sessions"),
+        (["smollm2", "--port", "99999"], "port=99999"),
+        (["smollm2", "--host", "192.0.2.1"], "cannot listen there"),
         (["smollm2", "--chunk-size", "0"], "chunk_size"),
         (["smollm2", "--chat-template", "no-such.jinja"], "no-such.jinja"),
     ],
@@ -112,6 +115,16 @@ def test_mistakes_are_one_line_and_exit_code_2(arguments, message):
     assert result.exit_code == 2
     assert result.stderr.splitlines()[-1].startswith("error: ")
     assert message in result.stderr
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_a_port_in_use_is_refused_before_the_model_is_loaded(monkeypatch, host):
+    monkeypatch.setattr("ttt_compiler.serve.launch.load_pretrained", lambda _: pytest.fail("loaded"))
+    with socket.create_server((host, 0)) as other:
+        port = str(other.getsockname()[1])
+        result = CliRunner().invoke(app, ["serve", "smollm2", "--host", host, "--port", port])
+    assert result.exit_code == 2
+    assert f"--port {port}: cannot listen there" in result.stderr
 
 
 def test_a_model_without_a_chat_template_is_refused_before_it_is_converted(folder, tmp_path):
