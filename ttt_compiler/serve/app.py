@@ -43,7 +43,8 @@ def build_app(model_name: str, make_sessions: Callable[[], Sessions]) -> FastAPI
         yield
         await app.state.sessions.close()
 
-    app = FastAPI(title="ttt_compiler", lifespan=lifespan)
+    # Redirects of trailing slashes would be answers without a body.
+    app = FastAPI(title="ttt_compiler", lifespan=lifespan, redirect_slashes=False)
     _add_errors(app)
 
     def sessions() -> Sessions:
@@ -53,7 +54,7 @@ def build_app(model_name: str, make_sessions: Callable[[], Sessions]) -> FastAPI
     @app.post("/v1/chat/completions", response_model=None)
     async def chat(body: ChatRequest, request: Request) -> Response:
         if body.model != model_name:
-            raise UnknownModelError(f"the model {body.model!r} is not served here, {model_name!r} is")
+            raise _unknown_model(body.model, model_name)
         turn = sessions().start(body.to_request())
         answer = Answer(f"chatcmpl-{uuid.uuid4().hex}", body)
         try:
@@ -65,10 +66,17 @@ def build_app(model_name: str, make_sessions: Callable[[], Sessions]) -> FastAPI
             turn.cancel()
             raise
 
+    entry = {"id": model_name, "object": "model", "created": 0, "owned_by": "ttt_compiler"}
+
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        entry = {"id": model_name, "object": "model", "created": 0, "owned_by": "ttt_compiler"}
         return {"object": "list", "data": [entry]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        if name != model_name:
+            raise _unknown_model(name, model_name)
+        return entry
 
     @app.get("/v1/sessions")
     async def list_sessions() -> dict[str, Any]:
@@ -161,7 +169,7 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def malformed(_: Request, e: RequestValidationError) -> JSONResponse:
         first = e.errors()[0]
-        where = ".".join(str(x) for x in first["loc"] if x != "body")
+        where = _place(first, e.body)
         message = first["msg"].removeprefix("Value error, ")
         return JSONResponse(
             _error_body(InvalidRequestError(f"{where}: {message}" if where else message, where or None)), 400
@@ -176,6 +184,25 @@ def _add_errors(app: FastAPI) -> None:
     async def failed(_: Request, e: Exception) -> JSONResponse:
         # uvicorn logs the traceback.
         return JSONResponse(_error_body(FailedError()), 500, {"x-should-retry": "false"})
+
+
+def _unknown_model(asked: str, served: str) -> UnknownModelError:
+    return UnknownModelError(f"the model {asked!r} is not served here, {served!r} is")
+
+
+def _place(error: dict[str, Any], body: Any) -> str:
+    """Where in the body an error is: of pydantic's path, the part that leads through what was sent."""
+    kept = []
+    # The path through a union names its branches too, and that of bad JSON is a number of bytes.
+    for step in error["loc"][1:] if isinstance(body, dict) else ():
+        if isinstance(body, dict) and (step in body or error["type"] == "missing"):
+            body = body.get(step)
+        elif isinstance(body, list) and isinstance(step, int):
+            body = body[step]
+        else:
+            continue
+        kept.append(str(step))
+    return ".".join(kept)
 
 
 def _error_body(e: ServeError) -> dict[str, Any]:
