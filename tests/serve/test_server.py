@@ -26,6 +26,7 @@ from tests.serve.loopback import (
     user,
     words,
 )
+from ttt_compiler.serve.store import _checksum
 
 TEXTS = ["w1 w2 w3 w4 w5 w6 w7", "w9 w8 w7", "w30 w31 w32 w33 w34 w35 w36 w37 w38 w39 w40", "w2"]
 
@@ -426,7 +427,10 @@ class TestWhatGoesWrong:
                 server.say(user(TEXTS[0]), session=name)
         (folder / "a" / "1.ttt").write_bytes((folder / "b" / "1.ttt").read_bytes() + b" ")
         record = json.loads((folder / "b" / "session.json").read_text())
-        (folder / "b" / "session.json").write_text(json.dumps({**record, "ids": record["ids"][:-2]}))
+        del record["checksum"]
+        record["ids"] = record["ids"][:-2]
+        signed = {**record, "checksum": _checksum(record)}
+        (folder / "b" / "session.json").write_text(json.dumps(signed))
         with start(saved=True) as server:
             for name, why in (("a", "not the file"), ("b", "its record 16")):
                 with refused(500, "session_unreadable") as caught:

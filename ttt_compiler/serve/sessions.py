@@ -167,11 +167,11 @@ class Sessions:
             raise _unknown(name)
         messages = [{"role": m.role, "content": m.content} for m in conversation.messages]
         return {
+            **numbers,  # first: from a file, and never in place of what follows
             "id": name,
             "object": "session",
             "in_memory": live is not None,
             "conversation_tokens": len(conversation.ids),
-            **numbers,
             "messages": messages,
         }
 
