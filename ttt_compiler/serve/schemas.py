@@ -13,8 +13,8 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ttt_compiler.serve.conversation import Message, Mode
-from ttt_compiler.serve.engine import Sampling
 from ttt_compiler.serve.errors import InvalidRequestError
+from ttt_compiler.serve.sampling import Sampling
 from ttt_compiler.serve.sessions import Finished, Request
 
 # Fields that do not change the reply.

@@ -25,7 +25,7 @@ from ttt_compiler.serve.conversation import (
     Mode,
     new_messages,
 )
-from ttt_compiler.serve.engine import Engine, Reply, Sampling
+from ttt_compiler.serve.engine import Engine, Reply
 from ttt_compiler.serve.errors import (
     CancelledError,
     FailedError,
@@ -35,6 +35,7 @@ from ttt_compiler.serve.errors import (
     UnknownSessionError,
 )
 from ttt_compiler.serve.residents import Residents
+from ttt_compiler.serve.sampling import Sampling
 from ttt_compiler.serve.store import Live, Store
 from ttt_compiler.serve.worker import Worker
 
@@ -264,7 +265,7 @@ class Sessions:
             raise InvalidRequestError("the messages hold no token to read", "messages")
         turn.started.set_result(None)
         replies: list[Reply] = []
-        steps = self._engine.steps(session, ids[seen:], request.sampling, limit)
+        steps = self._engine.steps(session, ids[seen:], request.sampling, limit, ids[:seen])
         await self._worker.run(
             steps, lambda x: replies.append(x) if isinstance(x, Reply) else turn.show(x), turn.cancelled
         )
