@@ -16,25 +16,30 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ttt_compiler.serve.errors import (
     CancelledError,
     FailedError,
     InvalidRequestError,
     ServeError,
+    TooLargeError,
     UnknownModelError,
 )
 from ttt_compiler.serve.schemas import Answer, ChatRequest, ForkRequest
 from ttt_compiler.serve.sessions import Sessions, Turn
 
+# Bytes of a request at most: a few books.
+MAX_BODY = 4 * 2**20
 
-def build_app(model_name: str, make_sessions: Callable[[], Sessions]) -> FastAPI:
+
+def build_app(model_name: str, make_sessions: Callable[[], Sessions], *, max_body: int = MAX_BODY) -> FastAPI:
     """The application.
 
     Args:
         model_name: what requests call the model.
         make_sessions: called in the event loop when the server starts.
+        max_body: bytes of a request at most.
     """
 
     @contextlib.asynccontextmanager
@@ -46,6 +51,7 @@ def build_app(model_name: str, make_sessions: Callable[[], Sessions]) -> FastAPI
     # Redirects of trailing slashes would be answers without a body.
     app = FastAPI(title="ttt_compiler", lifespan=lifespan, redirect_slashes=False)
     _add_errors(app)
+    app.add_middleware(_Limit, most=max_body)
 
     def sessions() -> Sessions:
         found: Sessions = app.state.sessions
@@ -103,6 +109,36 @@ def build_app(model_name: str, make_sessions: Callable[[], Sessions]) -> FastAPI
         return JSONResponse({"status": "ok" if healthy else "stopping"}, 200 if healthy else 503)
 
     return app
+
+
+class _Limit:
+    """Reads no more of a body than it may be long, and hands it on when it is whole."""
+
+    def __init__(self, app: ASGIApp, most: int) -> None:
+        self._app, self._most = app, most
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        body, more = bytearray(), True
+        while more and len(body) <= self._most and int(declared) <= self._most:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+        if more or len(body) > self._most:
+            error = TooLargeError(
+                f"the body is longer than {self._most} bytes. Send less, or several requests"
+            )
+            return await JSONResponse(_error_body(error), error.status)(scope, receive, send)
+        whole: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
+
+        async def replay() -> Message:
+            return whole.pop() if whole else await receive()
+
+        return await self._app(scope, replay, send)
 
 
 class _TurnResponse(StreamingResponse):

@@ -25,6 +25,9 @@ BLOCK = 512
 # Replies of requests that do not say how long they may be.
 MAX_TOKENS = 1024
 
+# Characters that a token may stand for at least: some tokenizers take an unknown word for one token.
+LONGEST = 32
+
 FinishReason = Literal["stop", "length"]
 
 
@@ -72,6 +75,8 @@ class Engine:
         ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
         ends = ends if isinstance(ends, list) else [ends]
         self._ends = {e for e in (*ends, tokenizer.eos_token_id) if e is not None}
+        # Characters of a token, which stand for a byte or more each; more than any sensible text has.
+        self._longest = max(LONGEST, *map(len, tokenizer.get_vocab()))
         self._chooser = Chooser(model, self._ends)
 
     def new_session(self) -> Session:
@@ -107,6 +112,22 @@ class Engine:
                 f"no room for {reply}. Send less, ask for fewer max_tokens, or start another session"
             )
         return min(room, MAX_TOKENS) if wanted is None else wanted
+
+    def check_size(self, read: int, texts: Sequence[str]) -> None:
+        """Refuse new messages that cannot fit behind ``read`` tokens, before time is spent on their tokens.
+
+        Raises:
+            ContextLengthError: they cannot.
+        """
+        if self.context is None:
+            return
+        room = max(0, self.context - read)
+        length = sum(len(text.strip()) for text in texts)
+        if len(texts) > room or length > room * self._longest:
+            raise ContextLengthError(
+                f"{len(texts)} new messages of {length} characters cannot fit into the model's context "
+                f"{self.context}, of which {room} tokens are left. Send less, or start another session"
+            )
 
     def steps(
         self,

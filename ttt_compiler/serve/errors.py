@@ -32,6 +32,12 @@ class InvalidRequestError(ServeError):
         self.param = param
 
 
+class TooLargeError(ServeError):
+    """The body is longer than the server reads."""
+
+    status, code = 413, "request_too_large"
+
+
 class UnknownModelError(ServeError):
     """The request names another model than the one served."""
 

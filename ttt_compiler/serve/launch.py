@@ -20,7 +20,7 @@ from ttt_compiler.config import TTTConfig
 from ttt_compiler.conversion import convert
 from ttt_compiler.errors import ConfigError, TTTError
 from ttt_compiler.pretrained import load_pretrained
-from ttt_compiler.serve.app import build_app
+from ttt_compiler.serve.app import MAX_BODY, build_app
 from ttt_compiler.serve.conversation import PLAIN, ChatTemplate
 from ttt_compiler.serve.engine import Engine
 from ttt_compiler.serve.sessions import Sessions
@@ -41,6 +41,7 @@ class ServeOptions:
         chat_template: a Jinja file, or ``plain``; None for the tokenizer's own.
         sessions: folder of named sessions; None keeps them in memory.
         max_sessions: in memory at a time.
+        max_body: bytes of a request at most.
         host: address to listen on, bound before the model is loaded.
         port: 0 for any free one.
         eager: run op by op, without compiling.
@@ -52,6 +53,7 @@ class ServeOptions:
     chat_template: str | None = None
     sessions: Path | None = None
     max_sessions: int = 16
+    max_body: int = MAX_BODY
     host: str = "127.0.0.1"
     port: int = 8000
     eager: bool = False
@@ -59,6 +61,8 @@ class ServeOptions:
     def __post_init__(self) -> None:
         if self.max_sessions < 1:
             raise ConfigError(f"max_sessions={self.max_sessions} must be at least 1")
+        if self.max_body < 1:
+            raise ConfigError(f"max_body={self.max_body} must be at least 1")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port={self.port} must be 1 to 65535, or 0 for any free one")
 
@@ -86,7 +90,11 @@ def serve(options: ServeOptions, *, say: Callable[[str], None]) -> None:
         )
         engine.warm_up()
         name = model_name(options.model)
-        app = build_app(name, lambda: Sessions(engine, chat, store, options.max_sessions))
+        app = build_app(
+            name,
+            lambda: Sessions(engine, chat, store, options.max_sessions),
+            max_body=options.max_body,
+        )
         config = uvicorn.Config(app, access_log=False, timeout_graceful_shutdown=GRACE)
         # Not before: who connects while the model is loaded shall be refused, not kept waiting.
         with _in_words(options.host, options.port):

@@ -17,6 +17,8 @@ from ttt_compiler.serve.errors import InvalidRequestError
 from ttt_compiler.serve.sampling import Sampling
 from ttt_compiler.serve.sessions import Finished, Request
 
+MAX_STOPS = 4  # as OpenAI
+
 # Fields that do not change the reply.
 _INERT = {
     "metadata",
@@ -129,6 +131,8 @@ class ChatRequest(_Body):
             raise InvalidRequestError(
                 "messages: the last one is an assistant's, so there is nothing to reply to", "messages"
             )
+        if len(self.stops) > MAX_STOPS:
+            raise InvalidRequestError(f"stop: {len(self.stops)} strings, {MAX_STOPS} at most", "stop")
         if any(not s for s in self.stops):
             raise InvalidRequestError("stop: an empty string ends nothing", "stop")
         if self.session is None and self.session_mode != "auto":

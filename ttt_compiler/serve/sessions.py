@@ -256,6 +256,7 @@ class Sessions:
         """Advance ``live``, which nobody else has; returns it with the conversation after the reply."""
         session, before = live.session, live.conversation
         new = new_messages(before.messages, request.messages, request.mode)
+        self._engine.check_size(len(before.ids), [m.content for m in new])
         render = self._template.following if before.messages else self._template.first
         args = (before.messages, new) if before.messages else (new,)
         ids = (*before.ids, *await asyncio.to_thread(render, *args))
