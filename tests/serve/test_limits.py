@@ -7,10 +7,12 @@ import time
 
 import httpx
 import pytest
+from pydantic import ValidationError
 
 from tests.serve.loopback import Server, refused, user
 from tests.serve.test_parts import BYTES
 from ttt_compiler.serve.launch import ServeOptions
+from ttt_compiler.serve.schemas import ChatRequest
 from ttt_compiler.serve.text import TextStream
 
 MOST = 64 * 2**10
@@ -28,6 +30,12 @@ def body(size):
     return (text + " " * (size - len(text))).encode()
 
 
+def send(server, path, content):
+    headers = {"content-type": "application/json"}
+    # The first call of the model compiles it.
+    return httpx.post(server.url + path, content=content, headers=headers, timeout=60)
+
+
 def pieces(content):
     for start in range(0, len(content), 4096):
         yield content[start : start + 4096]
@@ -37,8 +45,7 @@ def pieces(content):
 @pytest.mark.parametrize("path", [CHAT, "/v1/sessions/s/fork", "/nope"])
 def test_a_body_that_is_too_long(server, path, declared):
     content = body(MOST + 1)
-    headers = {"content-type": "application/json"}
-    answer = httpx.post(server.url + path, content=content if declared else pieces(content), headers=headers)
+    answer = send(server, path, content if declared else pieces(content))
     assert answer.status_code == 413
     error = answer.json()["error"]
     assert (error["code"], error["param"]) == ("request_too_large", None)
@@ -48,8 +55,7 @@ def test_a_body_that_is_too_long(server, path, declared):
 @pytest.mark.parametrize("declared", [True, False])
 def test_a_body_that_just_fits(server, declared):
     content = body(MOST)
-    headers = {"content-type": "application/json"}
-    answer = httpx.post(server.url + CHAT, content=content if declared else pieces(content), headers=headers)
+    answer = send(server, CHAT, content if declared else pieces(content))
     assert answer.status_code == 200
 
 
@@ -65,6 +71,11 @@ def test_four_stop_strings(server):
         server.chat(user("w1"), stop=["a", "b", "c", "d", "e"])
     assert caught[0].param == "stop"
     assert "4 at most" in caught[0].message
+
+
+def test_too_many_messages():
+    with pytest.raises(ValidationError, match="at most 8192"):
+        ChatRequest(model="tiny", messages=[user("w1")] * 8193)
 
 
 @pytest.mark.parametrize("session", [None, "s"])

@@ -18,6 +18,8 @@ from ttt_compiler.serve.sampling import Sampling
 from ttt_compiler.serve.sessions import Finished, Request
 
 MAX_STOPS = 4  # as OpenAI
+# Checking a message takes tens of microseconds, in which no other request is answered.
+MAX_MESSAGES = 8192
 
 # Fields that do not change the reply.
 _INERT = {
@@ -106,7 +108,7 @@ class ChatRequest(_Body):
 
     model_config = ConfigDict(extra="allow")
     model: str
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
     stream: bool = False
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(None, ge=1)
