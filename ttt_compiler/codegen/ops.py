@@ -6,6 +6,7 @@
   backend, so its kernel raises. It returns its first argument.
 - ``ttt::chunk_conv``, ``ttt::limit_writes``, ``ttt::chunk_scan`` (+ their backward ops): the stateless,
   differentiable form.
+- ``ttt::chunk_table``, ``ttt::chunk_places``: chunks of a batch for kernels that must not wait for the host.
 - ``ttt::fast_weight_step``: the stateful form; mutates the running sequence's tensors.
 
 May be changed here: schemas, together with the rewrite pass. Importing this registers the ops; it imports
@@ -24,6 +25,12 @@ from ttt_compiler.codegen.cpu import controls as cpu_controls
 from ttt_compiler.codegen.cpu import conv as cpu_conv
 from ttt_compiler.codegen.cpu import scan as cpu_scan
 from ttt_compiler.codegen.cpu import step as cpu_step
+from ttt_compiler.codegen.kernels.chunk_table import (
+    chunk_places,
+    chunk_table,
+    require_whole_documents,
+    skip_nonfinite,
+)
 from ttt_compiler.codegen.layout import StateTensors
 from ttt_compiler.errors import NotCompiledError, UnsupportedDeviceError
 from ttt_compiler.spec import SiteSpec, state_dtype
@@ -35,6 +42,9 @@ _lib.define(
     "Tensor? w, Tensor? tail_h, Tensor? tail_t, Tensor? tail_v, Tensor? lanes, Tensor? rows, Tensor? norms, "
     "Tensor? batch) -> Tensor"
 )
+_lib.define("chunk_table(Tensor pos, int chunk) -> Tensor")
+_lib.define("skip_nonfinite(Tensor? table, Tensor v, Tensor h, int chunk) -> Tensor")
+_lib.define("chunk_places(Tensor pos, int chunk) -> Tensor")
 _lib.define("chunk_conv(Tensor t, Tensor conv, Tensor? pos, int chunk) -> Tensor")
 _lib.define("chunk_conv_dweight(Tensor dv, Tensor t, Tensor? pos, int chunk, int kernel) -> Tensor")
 _lib.define(
@@ -100,10 +110,18 @@ def _fast_weight_step(
     return cpu_step.fast_weight_step(h, t, w0, bias, conv, proj, pos, _decoded(spec), state, batch)
 
 
+def _chunk_table(pos: Tensor, chunk: int) -> Tensor:
+    require_whole_documents(pos)
+    return chunk_table(pos, chunk)
+
+
 _decoded = functools.lru_cache(maxsize=4096)(SiteSpec.decode)
 
 
 _lib.impl("site", _site, "CompositeExplicitAutograd")
+_lib.impl("chunk_table", _chunk_table, "CompositeExplicitAutograd")
+_lib.impl("skip_nonfinite", skip_nonfinite, "CompositeExplicitAutograd")
+_lib.impl("chunk_places", chunk_places, "CompositeExplicitAutograd")
 _lib.impl("chunk_conv", cpu_conv.chunk_conv, "CPU")
 _lib.impl("chunk_conv_dweight", cpu_conv.chunk_conv_dweight, "CPU")
 _lib.impl("limit_writes", cpu_controls.limit_writes, "CPU")
@@ -128,6 +146,21 @@ def require_cpu(device: torch.device, where: str) -> None:
 @torch.library.register_fake("ttt::site", lib=_lib)
 def _(x: Tensor, *_: object) -> Tensor:
     return torch.empty_like(x)
+
+
+@torch.library.register_fake("ttt::chunk_table", lib=_lib)
+def _(pos: Tensor, chunk: int) -> Tensor:
+    return pos.new_empty(pos.shape[0], 2, pos.shape[1] + 2, dtype=torch.int32)
+
+
+@torch.library.register_fake("ttt::skip_nonfinite", lib=_lib)
+def _(table: Tensor | None, v: Tensor, h: Tensor, chunk: int) -> Tensor:
+    return v.new_empty(v.shape[0], 2, v.shape[1] + 2, dtype=torch.int32)
+
+
+@torch.library.register_fake("ttt::chunk_places", lib=_lib)
+def _(pos: Tensor, chunk: int) -> Tensor:
+    return pos.new_empty(pos.shape[0], pos.shape[1], 2, dtype=torch.int32)
 
 
 @torch.library.register_fake("ttt::chunk_conv", lib=_lib)

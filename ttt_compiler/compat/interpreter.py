@@ -1,6 +1,7 @@
 """What Triton's interpreter lacks to run Inductor's kernels on CPU tensors.
 
-Checked on triton 3.9, torch 2.13. May be changed here: repairs, when a release makes them needless (``tests/test_compat_gpu.py`` says so).
+Checked on triton 3.9, torch 2.13. May be changed here: repairs, when a release makes them needless
+(``tests/test_compat_gpu.py`` says so).
 """
 
 from __future__ import annotations

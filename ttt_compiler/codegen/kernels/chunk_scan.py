@@ -1,8 +1,8 @@
 """The chunk scan on GPUs: every program owns one tile of W and keeps it on the chip for the whole scan.
 
 ``y_i = q_i W_i^T; W_{i+1} = base + decay (W_i - base) + v_i^T k_i`` for q, k ``[B, T, I]``,
-v ``[B, T, O]`` and W ``[O, I]``. Forward it is called with q = k = h; the three gradients are scans as well, two of them in
-reverse (see :func:`chunk_scan_bwd`), so this is the only kernel of the scan.
+v ``[B, T, O]`` and W ``[O, I]``. Forward it is called with q = k = h; the gradients are scans as well, two of
+them in reverse (``codegen/lowering_gpu.py``), so this is the only kernel of the scan.
 
 A tile ``[BO, BI]`` depends on v's columns and k's columns of its own alone, so programs never wait for one
 another, and W moves once per scan instead of twice per chunk. Per tile of tokens q is read once and serves
@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ttt_compiler.codegen.kernels.chunk_table import CONTINUES, FRESH, PADDING
+from ttt_compiler.codegen.kernels.chunk_table import CONTINUES, FRESH, PADDING, SKIPPED
 from ttt_compiler.codegen.kernels.tiles import Tile
 
 
@@ -63,8 +63,10 @@ def chunk_scan_kernel(
     HAS_TABLE: tl.constexpr,
     HAS_INIT: tl.constexpr,
     HAS_FINAL: tl.constexpr,
+    HAS_SLOTS: tl.constexpr,
     WRITE_ALL: tl.constexpr,
     GROUPS: tl.constexpr,
+    ACCUMULATES: tl.constexpr,
     BM: tl.constexpr,
     BO: tl.constexpr,
     BI: tl.constexpr,
@@ -80,7 +82,9 @@ def chunk_scan_kernel(
     r_o = i_o * BO + tl.arange(0, BO)
     m_o = r_o < O
     o64 = r_o.to(tl.int64)
+    # template: begin
     q_b = q + b64 * stride_qb
+    # template: end
     v_b = v + b64 * stride_vb
     if not SHARED:
         k_b = k + b64 * stride_kb
@@ -99,7 +103,9 @@ def chunk_scan_kernel(
         else:
             w = tl.zeros((BO, BI), dtype=tl.float32)
         if HAS_INIT:
-            slot = tl.load(init_slot + i_b).to(tl.int64)
+            slot = b64
+            if HAS_SLOTS:
+                slot = tl.load(init_slot + i_b).to(tl.int64)
             if slot >= 0:
                 w = tl.load(init + (slot * O + o64[:, None]) * I + i64[None, :], mask=m_w, other=0.0)
         for j in range(n):
@@ -111,7 +117,9 @@ def chunk_scan_kernel(
                 start = tl.load(starts + i_c)
                 stop = tl.load(starts + i_c + 1)
                 kind = tl.load(starts + stride_tk + i_c)
-                after = tl.load(starts + stride_tk + i_c + 1)
+                after = tl.load(starts + stride_tk + i_c + 1) & 3
+                skipped = kind >= 4
+                kind = kind & 3
                 # A document's last chunk is read by nobody; in reverse it is the first of its document.
                 if REVERSE:
                     first = (after != 0) & (j > 0)
@@ -123,6 +131,8 @@ def chunk_scan_kernel(
                     first = kind != 0
                 if HAS_FINAL:
                     writes = (kind != 2) & (WRITE_ALL | (stop - start == CHUNK))
+                if not REVERSE:
+                    writes = writes & (skipped == 0)
                 if first:
                     if HAS_BASE:
                         w = tl.load(p_base, mask=m_w, other=0.0).to(tl.float32)
@@ -135,7 +145,11 @@ def chunk_scan_kernel(
                     writes = WRITE_ALL | (stop - start == CHUNK)
                 else:
                     writes = j < n - 1
-            read = w.to(q.dtype.element_ty)
+            read = w.to(v.dtype.element_ty)
+            if HAS_TABLE and REVERSE:
+                # What was not written has no gradient.
+                if skipped:
+                    read = tl.zeros((BO, BI), dtype=v.dtype.element_ty)
             if DECAY != 1.0:
                 if writes:
                     if HAS_BASE:
@@ -148,17 +162,28 @@ def chunk_scan_kernel(
                 for t0 in range(start, stop, BM):
                     m_m = r_m < stop - t0
                     t64 = tl.cast(t0, tl.int64)
+                    # template: begin at_b, at_t = i_b.to(INDEX_DTYPE), (t0 + r_m[:, None]).to(INDEX_DTYPE)
+                    # template: at_i = (i_i * BI + r_i[None, :]).to(INDEX_DTYPE)
+                    # template: m_x = m_m[:, None] & m_i[None, :]
+                    # template: {{load_q}}
                     x = tl.load(
                         q_b + t64 * stride_qt + i_i * BI + (r_m[:, None] * stride_qt + r_i[None, :]),
                         mask=m_m[:, None] & m_i[None, :],
                         other=0.0,
                     )
+                    # template: end
                     acc = tl.dot(x, tl.trans(read), input_precision=PRECISION)
                     m_y = m_m[:, None] & m_o[None, :]
+                    if ACCUMULATES:
+                        p_y = partial + ((i_g * B + b64) * T + t64) * O + (r_m[:, None] * O + r_o[None, :])
+                        if i_i != i_g:
+                            acc += tl.load(p_y, mask=m_y, other=0.0)
+                    # template: begin to_g, to_b = i_g.to(INDEX_DTYPE), i_b.to(INDEX_DTYPE)
+                    # template: to_t, to_o = (t0 + r_m[:, None]).to(INDEX_DTYPE), r_o[None, :].to(INDEX_DTYPE)
+                    # template: {{store_y}}
                     p_y = partial + ((i_g * B + b64) * T + t64) * O + (r_m[:, None] * O + r_o[None, :])
-                    if i_i != i_g:
-                        acc += tl.load(p_y, mask=m_y, other=0.0)
                     tl.store(p_y, acc, mask=m_y)
+                    # template: end
                     if not SHARED:
                         x = tl.load(
                             k_b + t64 * stride_kt + i_i * BI + (r_m[:, None] * stride_kt + r_i[None, :]),
@@ -173,19 +198,32 @@ def chunk_scan_kernel(
                 for t0 in range(start, stop, BM):
                     m_m = r_m < stop - t0
                     t64 = tl.cast(t0, tl.int64)
+                    # template: begin at_b, at_t = i_b.to(INDEX_DTYPE), (t0 + r_m[:, None]).to(INDEX_DTYPE)
+                    # template: at_i = (i_i * BI + r_i[None, :]).to(INDEX_DTYPE)
+                    # template: m_x = m_m[:, None] & m_i[None, :]
+                    # template: {{load_q}}
                     x = tl.load(
                         q_b + t64 * stride_qt + i_i * BI + (r_m[:, None] * stride_qt + r_i[None, :]),
                         mask=m_m[:, None] & m_i[None, :],
                         other=0.0,
                     )
+                    # template: end
                     acc = tl.dot(x, tl.trans(read), input_precision=PRECISION)
                     m_y = m_m[:, None] & m_o[None, :]
+                    if ACCUMULATES:
+                        p_y = partial + ((i_g * B + b64) * T + t64) * O + (r_m[:, None] * O + r_o[None, :])
+                        if i_i != i_g:
+                            acc += tl.load(p_y, mask=m_y, other=0.0)
+                    # template: begin to_g, to_b = i_g.to(INDEX_DTYPE), i_b.to(INDEX_DTYPE)
+                    # template: to_t, to_o = (t0 + r_m[:, None]).to(INDEX_DTYPE), r_o[None, :].to(INDEX_DTYPE)
+                    # template: {{store_y}}
                     p_y = partial + ((i_g * B + b64) * T + t64) * O + (r_m[:, None] * O + r_o[None, :])
-                    if i_i != i_g:
-                        acc += tl.load(p_y, mask=m_y, other=0.0)
                     tl.store(p_y, acc, mask=m_y)
+                    # template: end
         if HAS_FINAL:
-            to = tl.load(final_slot + i_b).to(tl.int64)
+            to = b64
+            if HAS_SLOTS:
+                to = tl.load(final_slot + i_b).to(tl.int64)
             if to >= 0:
                 tl.store(final + (to * O + o64[:, None]) * I + i64[None, :], w, mask=m_w)
         # The next tile of I adds to what this one stored, possibly by other threads.
@@ -246,7 +284,7 @@ def chunk_scan_partial(
     if partial.numel() == 0:
         return partial
     arguments: dict[str, Any] = scan_constants(
-        chunk, tile, groups, decay=decay, reverse=reverse, shared=k is q, precision=precision
+        chunk, tile, inner, groups, decay=decay, reverse=reverse, shared=k is q, precision=precision
     )
     grid = (triton.cdiv(outer, tile.outer), groups, batch)
     strides = (0, 0) if base is None else base.stride()
@@ -280,6 +318,7 @@ def chunk_scan_partial(
         HAS_TABLE=table is not None,
         HAS_INIT=init is not None,
         HAS_FINAL=final is not None,
+        HAS_SLOTS=True,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
@@ -287,7 +326,15 @@ def chunk_scan_partial(
 
 
 def scan_constants(
-    chunk: int, tile: Tile, groups: int, *, decay: float, reverse: bool, shared: bool, precision: str
+    chunk: int,
+    tile: Tile,
+    inner: int,
+    groups: int,
+    *,
+    decay: float,
+    reverse: bool,
+    shared: bool,
+    precision: str,
 ) -> dict[str, Any]:
     """Compile-time arguments that launches and templates share."""
     return {
@@ -297,6 +344,7 @@ def scan_constants(
         "SHARED": shared,
         "WRITE_ALL": reverse,
         "GROUPS": groups,
+        "ACCUMULATES": groups * tile.inner < inner,
         "BM": tile.tokens,
         "BO": tile.outer,
         "BI": tile.inner,
@@ -328,16 +376,17 @@ def naive_chunk_scan(
             w = init.states[int(init.slots[b])].to(q.dtype)
         order = list(range(len(chunks)))[:: -1 if reverse else 1]
         for i in order:
-            start, stop, kind = chunks[i]
-            document_ends = i + 1 == len(chunks) or chunks[i + 1][2] != CONTINUES
+            start, stop, flags = chunks[i]
+            kind, skipped = flags % SKIPPED, flags >= SKIPPED
+            document_ends = i + 1 == len(chunks) or chunks[i + 1][2] % SKIPPED != CONTINUES
             if kind == PADDING or (document_ends and reverse) or (kind == FRESH and not reverse):
                 w = zero
-            y[b, start:stop] = q[b, start:stop] @ w.t()
+            y[b, start:stop] = 0.0 if reverse and skipped else q[b, start:stop] @ w.t()
             if final is None:
                 writes = reverse or not document_ends
             else:
                 writes = reverse or stop - start == chunk
-            if writes and kind != PADDING:
+            if writes and kind != PADDING and (reverse or not skipped):
                 w = zero + decay * (w - zero) + v[b, start:stop].t() @ k[b, start:stop]
         if final is not None and int(final.slots[b]) >= 0:
             final.states[int(final.slots[b])] = w.to(final.states.dtype)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ttt_compiler.errors import UnsupportedDeviceError
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -44,7 +46,6 @@ class Tile:
         return min(tiles, max(2, -(-self.fill // rows)))
 
 
-_SMALL = (Tile(16, 16, 16, 4, 1), Tile(32, 32, 64, 4, 2))
 # By architecture and bytes of an operand: best first for a large W.
 SHIPPED: dict[str, dict[int, tuple[Tile, ...]]] = {
     "sm_80": {2: (Tile(32, 64, 128, 8, 2, fill=108),), 4: (Tile(32, 64, 64, 8, 2, fill=108),)},
@@ -58,6 +59,33 @@ SHIPPED: dict[str, dict[int, tuple[Tile, ...]]] = {
 INTERPRETED = Tile(16, 16, 32, 4, 1, fill=2)
 
 
-def operand_bytes(dtype: torch.dtype) -> int:
-    """Key of ``SHIPPED``. Products of float64 do not exist on these devices."""
-    return dtype.itemsize
+def tiles_for(device: torch.device, dtype: torch.dtype) -> tuple[Tile, ...]:
+    """Tiles for a device, best first.
+
+    Raises:
+        UnsupportedDeviceError: no tile was compiled for its architecture.
+    """
+    if device.type == "cpu":
+        return (INTERPRETED,)
+    return SHIPPED[architecture(device)][dtype.itemsize]
+
+
+def architecture(device: torch.device) -> str:
+    """The key of ``SHIPPED`` for a device.
+
+    Raises:
+        UnsupportedDeviceError: see :func:`tiles_for`.
+    """
+    if device.type == "cuda" and torch.version.hip:
+        name = str(torch.cuda.get_device_properties(device).gcnArchName).partition(":")[0]
+    elif device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        name = f"sm_{major}{minor}"
+    else:
+        name = device.type
+    if name not in SHIPPED:
+        raise UnsupportedDeviceError(
+            f"no fast-weight kernel was compiled and checked for {name} ({device}). Checked: "
+            f"{', '.join(SHIPPED)}. Type model.to('cpu'), or add tiles to codegen/kernels/tiles.py"
+        )
+    return name
