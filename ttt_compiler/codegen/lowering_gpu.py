@@ -2,9 +2,9 @@
 
 The gradients are scans too. With ``S_i`` the sum of ``dy_k^T h_k`` over later chunks of the document:
 ``dh_i = dy_i W_i + v_i S_i`` is a forward scan over ``W^T`` and a reverse one over ``S^T``;
-``dv_i = h_i S_i^T`` is a reverse scan over S, whose last state is dW0. So nothing of the size of the states is stored, for six
-units of ``2 T D F`` instead of the five that one fused reverse kernel would take: its tile would have to be
-summed along both of its sides.
+``dv_i = h_i S_i^T`` is a reverse scan over S, whose last state is dW0. So nothing of the size of the states
+is stored, for six units of ``2 T D F`` instead of the five that one fused reverse kernel would take: its tile
+would have to be summed along both of its sides.
 
 A chunk that holds NaN or Inf cannot raise here without stopping the device for every call: with
 ``on_nonfinite="raise"`` what it writes shows in every later output of its document, as NaN; ``"skip"`` leaves
@@ -21,7 +21,7 @@ from torch._inductor.lowering import fallback_handler, lowerings
 from torch._inductor.select_algorithm import realize_inputs
 from torch._inductor.virtualized import V
 
-from ttt_compiler.codegen.kernels.tiles import Tile, tiles_for
+from ttt_compiler.codegen.kernels.tiles import GRADIENT, SCAN, Tile, tiles_for
 from ttt_compiler.codegen.target import memoised
 from ttt_compiler.codegen.templates.chunk_scan import partial_scan, rows_contiguous, scratch, summed
 from ttt_compiler.errors import UnsupportedDeviceError
@@ -35,7 +35,7 @@ def chunk_scan(
     h: Any, v: Any, w0: Any, bias: Any, pos: Any, chunk: int, decay: float, on_nonfinite: str
 ) -> Any:
     """IR of ``y [B, T, D]``; the arguments are those of the op."""
-    tiles = _tiles(h)
+    tiles = _tiles(h, SCAN)
     _invite_activation(h, w0.get_size()[0], tiles[0])
     h, v, w0 = rows_contiguous(h), rows_contiguous(v), realize_inputs(w0)
     table = _chunks(pos, chunk, v, h, on_nonfinite)
@@ -50,7 +50,7 @@ def chunk_scan_backward(
     transposed = realize_inputs(lowerings[_aten.permute.default](w0, [1, 0]))
     outer = (dy, h)
     dy, h, v = rows_contiguous(dy), rows_contiguous(h), rows_contiguous(v)
-    table, tiles = _chunks(pos, chunk, v, h, on_nonfinite), _tiles(h)
+    table, tiles = _chunks(pos, chunk, v, h, on_nonfinite), _tiles(h, GRADIENT)
     given: dict[str, Any] = {"decay": decay, "precision": _precision(h)}
     by_w = partial_scan(dy, v, h, transposed, table, chunk, tiles, **given)
     by_s = partial_scan(v, dy, h, None, table, chunk, tiles, reverse=True, **given)
@@ -103,13 +103,13 @@ def _chunks(pos: Any, chunk: int, v: Any, h: Any, on_nonfinite: str) -> Any:
     return table if on_nonfinite == "raise" else realize_inputs(_skip(table, v, h, chunk))
 
 
-def _tiles(h: Any) -> Any:
+def _tiles(h: Any, use: str) -> tuple[Tile, ...]:
     if h.get_dtype() not in (torch.float32, torch.bfloat16, torch.float16):
         raise UnsupportedDeviceError(
             f"fast weights in {h.get_dtype()} do not run on {h.get_device()}: its matrix units have no such "
             "products. Use float32, bfloat16 or float16 there, or model.to('cpu')"
         )
-    return tiles_for(h.get_device(), h.get_dtype())
+    return tiles_for(h.get_device(), h.get_dtype(), use)
 
 
 def _precision(h: Any) -> str:

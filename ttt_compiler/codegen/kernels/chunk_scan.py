@@ -98,8 +98,9 @@ def chunk_scan_kernel(
         i64 = (i_i * BI + r_i).to(tl.int64)
         m_w = m_o[:, None] & m_i[None, :]
         if HAS_BASE:
-            p_base = base + o64[:, None] * stride_bo + i64[None, :] * stride_bi
-            w = tl.load(p_base, mask=m_w, other=0.0).to(tl.float32)
+            w = tl.load(base + o64[:, None] * stride_bo + i64[None, :] * stride_bi, mask=m_w, other=0.0).to(
+                tl.float32
+            )
         else:
             w = tl.zeros((BO, BI), dtype=tl.float32)
         if HAS_INIT:
@@ -135,7 +136,9 @@ def chunk_scan_kernel(
                     writes = writes & (skipped == 0)
                 if first:
                     if HAS_BASE:
-                        w = tl.load(p_base, mask=m_w, other=0.0).to(tl.float32)
+                        w = tl.load(
+                            base + o64[:, None] * stride_bo + i64[None, :] * stride_bi, mask=m_w, other=0.0
+                        ).to(tl.float32)
                     else:
                         w = tl.zeros((BO, BI), dtype=tl.float32)
             else:
@@ -154,7 +157,9 @@ def chunk_scan_kernel(
                 if writes:
                     if HAS_BASE:
                         # Read again: a second tile of the same size would not fit beside w.
-                        anchor = tl.load(p_base, mask=m_w, other=0.0).to(tl.float32)
+                        anchor = tl.load(
+                            base + o64[:, None] * stride_bo + i64[None, :] * stride_bi, mask=m_w, other=0.0
+                        ).to(tl.float32)
                         w = anchor + DECAY * (w - anchor)
                     else:
                         w = DECAY * w

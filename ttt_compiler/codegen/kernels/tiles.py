@@ -46,28 +46,58 @@ class Tile:
         return min(tiles, max(2, -(-self.fill // rows)))
 
 
-# By architecture and bytes of an operand: best first for a large W.
-SHIPPED: dict[str, dict[int, tuple[Tile, ...]]] = {
-    "sm_80": {2: (Tile(32, 64, 128, 8, 2, fill=108),), 4: (Tile(32, 64, 64, 8, 2, fill=108),)},
-    "sm_90": {
-        2: (Tile(64, 64, 256, 8, 2), Tile(64, 128, 128, 8, 2), Tile(64, 64, 128, 8, 3)),
-        4: (Tile(64, 64, 64, 8, 2),),
+# What a scan is used for; more arguments leave fewer registers for the tile.
+SCAN, GRADIENT, RUNNING = "scan", "gradient", "running"
+
+
+def _everywhere(*tiles: Tile) -> dict[str, tuple[Tile, ...]]:
+    return dict.fromkeys((SCAN, GRADIENT, RUNNING), tiles)
+
+
+# By architecture, bytes of an operand and use: best first for a large W.
+SHIPPED: dict[str, dict[int, dict[str, tuple[Tile, ...]]]] = {
+    "sm_80": {
+        2: _everywhere(Tile(16, 64, 128, 8, 2, fill=108), Tile(32, 32, 128, 8, 2, fill=108)),
+        4: _everywhere(Tile(16, 16, 16, 4, 1, fill=108)),
     },
-    "sm_100": {2: (Tile(64, 64, 128, 8, 3, fill=148),), 4: (Tile(64, 64, 64, 8, 2, fill=148),)},
-    "gfx942": {2: (Tile(32, 64, 64, 8, 2, fill=304),), 4: (Tile(32, 32, 64, 8, 2, fill=304),)},
+    "sm_90": {
+        2: {
+            SCAN: (Tile(64, 64, 256, 8, 2), Tile(64, 128, 64, 8, 2), Tile(64, 64, 128, 8, 3)),
+            GRADIENT: (Tile(64, 64, 128, 8, 3), Tile(64, 128, 64, 8, 2), Tile(64, 64, 64, 4, 2)),
+            RUNNING: (Tile(64, 64, 256, 8, 2), Tile(64, 128, 64, 8, 2), Tile(64, 64, 128, 8, 3)),
+        },
+        4: _everywhere(Tile(16, 16, 16, 4, 1)),
+    },
+    "sm_100": {
+        2: {
+            SCAN: (Tile(64, 64, 128, 8, 3, fill=148), Tile(64, 64, 64, 8, 2, fill=148)),
+            GRADIENT: (Tile(64, 64, 128, 8, 3, fill=148), Tile(64, 64, 64, 8, 2, fill=148)),
+            RUNNING: (Tile(64, 64, 64, 8, 2, fill=148),),
+        },
+        4: _everywhere(Tile(16, 16, 16, 4, 1, fill=148)),
+    },
+    "gfx942": {
+        2: _everywhere(Tile(32, 64, 32, 8, 2, fill=304)),
+        4: _everywhere(Tile(32, 32, 64, 8, 2, fill=304)),
+    },
 }
 INTERPRETED = Tile(16, 16, 32, 4, 1, fill=2)
 
 
-def tiles_for(device: torch.device, dtype: torch.dtype) -> tuple[Tile, ...]:
+def tiles_for(device: torch.device, dtype: torch.dtype, use: str) -> tuple[Tile, ...]:
     """Tiles for a device, best first.
+
+    Args:
+        device: where the operands are.
+        dtype: of the operands.
+        use: ``SCAN``, ``GRADIENT`` or ``RUNNING``.
 
     Raises:
         UnsupportedDeviceError: no tile was compiled for its architecture.
     """
     if device.type == "cpu":
         return (INTERPRETED,)
-    return SHIPPED[architecture(device)][dtype.itemsize]
+    return SHIPPED[architecture(device)][dtype.itemsize][use]
 
 
 def architecture(device: torch.device) -> str:
