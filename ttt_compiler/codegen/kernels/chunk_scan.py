@@ -132,8 +132,6 @@ def chunk_scan_kernel(
                     first = kind != 0
                 if HAS_FINAL:
                     writes = (kind != 2) & (WRITE_ALL | (stop - start == CHUNK))
-                if not REVERSE:
-                    writes = writes & (skipped == 0)
                 if first:
                     if HAS_BASE:
                         w = tl.load(
@@ -149,10 +147,6 @@ def chunk_scan_kernel(
                 else:
                     writes = j < n - 1
             read = w.to(v.dtype.element_ty)
-            if HAS_TABLE and REVERSE:
-                # What was not written has no gradient.
-                if skipped:
-                    read = tl.zeros((BO, BI), dtype=v.dtype.element_ty)
             if DECAY != 1.0:
                 if writes:
                     if HAS_BASE:
@@ -163,6 +157,8 @@ def chunk_scan_kernel(
                         w = anchor + DECAY * (w - anchor)
                     else:
                         w = DECAY * w
+            if HAS_TABLE and not REVERSE:
+                writes = writes & (skipped == 0)
             if writes:
                 for t0 in range(start, stop, BM):
                     m_m = r_m < stop - t0
@@ -178,6 +174,9 @@ def chunk_scan_kernel(
                     )
                     # template: end
                     acc = tl.dot(x, tl.trans(read), input_precision=PRECISION)
+                    if HAS_TABLE and REVERSE:
+                        # What was not written has no gradient, not even through a NaN of its own.
+                        acc = tl.where(skipped, 0.0, acc)
                     m_y = m_m[:, None] & m_o[None, :]
                     if ACCUMULATES:
                         p_y = partial + ((i_g * B + b64) * T + t64) * O + (r_m[:, None] * O + r_o[None, :])
@@ -214,6 +213,9 @@ def chunk_scan_kernel(
                     )
                     # template: end
                     acc = tl.dot(x, tl.trans(read), input_precision=PRECISION)
+                    if HAS_TABLE and REVERSE:
+                        # What was not written has no gradient, not even through a NaN of its own.
+                        acc = tl.where(skipped, 0.0, acc)
                     m_y = m_m[:, None] & m_o[None, :]
                     if ACCUMULATES:
                         p_y = partial + ((i_g * B + b64) * T + t64) * O + (r_m[:, None] * O + r_o[None, :])
@@ -391,8 +393,10 @@ def naive_chunk_scan(
                 writes = reverse or not document_ends
             else:
                 writes = reverse or stop - start == chunk
-            if writes and kind != PADDING and (reverse or not skipped):
-                w = zero + decay * (w - zero) + v[b, start:stop].t() @ k[b, start:stop]
+            if writes and kind != PADDING:
+                w = zero + decay * (w - zero)
+                if reverse or not skipped:
+                    w = w + v[b, start:stop].t() @ k[b, start:stop]
         if final is not None and int(final.slots[b]) >= 0:
             final.states[int(final.slots[b])] = w.to(final.states.dtype)
     return y
