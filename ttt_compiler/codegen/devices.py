@@ -114,9 +114,9 @@ class Device:
         """
         rate = self.peaks.get(dtype)
         if rate is None:
-            known = ", ".join(str(d).removeprefix("torch.") for d in self.peaks)
+            name, *known = (str(d).removeprefix("torch.") for d in (dtype, *self.peaks))
             raise UnsupportedDeviceError(
-                f"{self.name}: no matrix rate is known for {str(dtype).removeprefix('torch.')}. Known: {known}"
+                f"{self.name}: no matrix rate is known for {name}. Known: {', '.join(known)}"
             )
         return rate
 
@@ -171,7 +171,7 @@ A100 = Device(
     attention=Fraction(0.60, _ATTENTION_2),
     hbm_part=Fraction(0.87, _HBM),
     l2_part=Fraction(0.60, _L2),
-    sources="(a) (f); L2: 5120 bytes per clock (a). launch, host, step: assumed, microseconds as profilers show",
+    sources="(a) (f); L2: 5120 bytes per clock (a). launch, host, step: assumed",
 )
 
 H100 = Device(

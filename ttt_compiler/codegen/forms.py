@@ -168,8 +168,11 @@ def dual(shape: ScanShape, device: Device, *, span: int | None = None) -> tuple[
 
 def best_span(shape: ScanShape, device: Device) -> int:
     """The span of :func:`dual` with the least predicted time, among C times powers of two and the whole."""
-    spans = {shape.chunk * 2**i for i in range(max(1, shape.chunks.bit_length()))}
-    spans = {s for s in spans if s <= shape.chunks * shape.chunk} | {shape.chunks * shape.chunk}
+    whole = shape.chunks * shape.chunk
+    spans, span = [whole], shape.chunk
+    while span < whole:
+        spans.append(span)
+        span *= 2
     return min(sorted(spans), key=lambda s: cost_of(dual(shape, device, span=s), device).seconds)
 
 
@@ -218,7 +221,7 @@ def stack_bytes(shape: ScanShape, *, training: bool) -> int:
     Forward: increments, their concatenation with W0, and the sums. With a backward one more stack, of
     gradients; measured peaks of the official code fit four stacks.
     """
-    stacks = 3 if training is False else 4
+    stacks = 4 if training else 3
     return stacks * shape.chunks * shape.matrix * shape.dtype.itemsize
 
 

@@ -2,9 +2,10 @@
 
 One program owns a tile ``[BD, BF]`` of W in fp32 registers over all T tokens. The grid is
 ``ceil(D/BD) x S x B``: each of the S groups walks its F tiles one after another and adds into its own fp32
-partial output ``[B, T, D]`` (the first tile stores, later ones load, add and store); a second, pointwise kernel
-adds the S partials. Per chunk the tile is rounded once to the operands' dtype into shared memory; per subtile
-of BM tokens one tile of h ``[BM, BF]`` and one of v ``[BM, BD]`` are read once and serve apply and write.
+partial output ``[B, T, D]`` (the first tile stores, later ones load, add and store); a second, pointwise
+kernel adds the S partials. Per chunk the tile is rounded once to the operands' dtype into shared memory; per
+subtile of BM tokens one tile of h ``[BM, BF]`` and one of v ``[BM, BD]`` are read once and serve apply and
+write.
 
 So W moves once per scan, h is read ceil(D/BD) times, v ceil(F/BF) times, and a partial output is touched
 ceil(F/BF) times. May be changed here: the count, together with the kernel.
@@ -12,6 +13,7 @@ ceil(F/BF) times. May be changed here: the count, together with the kernel.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -45,6 +47,21 @@ class ScanConfig:
     warps: int = 8
     groups: int = 1
     stages: int = 2
+
+
+def default_configs(device: Device) -> tuple[ScanConfig, ...]:
+    """Every combination of tiles worth looking at; most cannot run on a given device and shape."""
+    if not device.overlaps:
+        return ()
+    sizes = itertools.product(
+        (16, 32, 64, 128), (32, 64, 128), (64, 128, 256, 512), (4, 8), (1, 2, 3, 4, 6, 8)
+    )
+    return tuple(ScanConfig(*size) for size in sizes)
+
+
+def workspace_bytes(config: ScanConfig, shape: ScanShape) -> int:
+    """Bytes of the partial outputs."""
+    return config.groups * shape.batch * shape.tokens * shape.d_model * 4
 
 
 def shared_bytes(config: ScanConfig, shape: ScanShape) -> int:
