@@ -150,9 +150,13 @@ def static_prefill(model: ModelShape, tokens: int, device: Device, *, batch: int
     attended = 4.0 * batch * model.layers * model.attention_width * model.pairs(tokens)
     per_layer = 8 * model.d_model + 3 * model.d_ff + 2 * (model.attention_width + model.kv_width)
     reads = 2 * rows * (model.attention_width + model.kv_width) * item * model.layers
+    reached = rate * device.gemm.value
+    # Per layer: q k v, o, gate and up, down; attention; two norms with their additions, rope, activation.
     return (
-        Phase("linear", linear, linear / (rate * device.gemm.value), hbm=model.linear * item, launches=5),
-        Phase("attention", attended, attended / (rate * device.attention.value), hbm=reads),
+        Phase("linear", linear, linear / reached, hbm=model.linear * item, launches=4 * model.layers),
+        Phase(
+            "attention", attended, attended / (rate * device.attention.value), reads, launches=model.layers
+        ),
         Phase("pointwise", hbm=rows * model.layers * per_layer * item, launches=4 * model.layers),
         Phase("head", 2.0 * batch * model.head, hbm=model.head * item),
     )

@@ -192,13 +192,12 @@ class Roofline:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form; seconds, bytes, percent."""
+        plain = ("model", "tokens", "device", "kv_bytes", "state_bytes")
+        costs = ("prefill", "decode", "decode_batch", "training")
         rows = [
             {
-                **{f.name: getattr(row, f.name) for f in dataclasses.fields(row) if f.type in ("str", "int")},
-                **{
-                    name: _flat(getattr(row, name))
-                    for name in ("prefill", "decode", "decode_batch", "training")
-                },
+                **{name: getattr(row, name) for name in plain},
+                **{name: _flat(getattr(row, name)) for name in costs},
             }
             for row in self.rows
         ]

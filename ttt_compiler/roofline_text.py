@@ -221,9 +221,9 @@ def _explanation(rows: Sequence[PaperRow]) -> str:
     measured = _range((row.measured.added * 1e6 for row in rows), ".1f")
     slack = 200 * 0.005 / last.measured.base
     return f"""**What agrees.** The added work does not depend on the context, so its share falls as attention
-grows. With full attention: measured {_change(first)} at {_tokens(first)} and {_change(last)} at {_tokens(last)};
-predicted {_predicted(first)} and {_predicted(last)}. With a window both are level: {_change(window)} measured,
-{_predicted(window)} predicted.
+grows. With full attention: measured {_change(first)} at {_tokens(first)} and {_change(last)} at
+{_tokens(last)}; predicted {_predicted(first)} and {_predicted(last)}. With a window both are level:
+{_change(window)} measured, {_predicted(window)} predicted.
 
 **What does not.** Measured changes are {factors} times the predicted ones. Both sides of the ratio run far
 from the roofline: the static model reaches {base} % of its predicted speed, the added work {added} % of its
