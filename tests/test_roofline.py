@@ -29,7 +29,9 @@ from ttt_compiler.model_cost import (
     static_training,
     training,
 )
-from ttt_compiler.roofline import CONTEXTS, PAPER, Roofline, paper_rows, planned_model, roofline
+from ttt_compiler.planned import planned_model
+from ttt_compiler.published import FOLLOW_UP, PAPER, compare
+from ttt_compiler.roofline import CONTEXTS, Roofline, roofline
 from ttt_compiler.roofline_text import COMMAND, PAGE
 
 REPOSITORY = Path(__file__).parents[1]
@@ -158,13 +160,25 @@ def test_more_sites_cost_more_and_none_cost_nothing():
 
 
 def test_the_papers_rows_carry_what_was_measured():
-    assert [round(m.change, 1) for m in PAPER] == [-8.7, -8.5, -8.5, -6.7, -4.2, -1.1]
-    for row in paper_rows():
+    assert [round(m.change, 1) for m in PAPER.measured] == [-8.7, -8.5, -8.5, -6.7, -4.2, -1.1]
+    rows = compare(PAPER)
+    for row in rows:
         # Throughput falls; what is measured lies further from the roofline than what is predicted.
         assert all(change < 0 for _, change in row.predicted_changes)
         assert 0 < row.added_reached < row.base_reached < 1
-    full = [dict(row.predicted_changes)[4096] for row in paper_rows() if row.measured.window is None]
+    full = [dict(row.predicted_changes)[4096] for row in rows if row.measured.window is None]
     assert full == sorted(full)
+
+
+def test_a_follow_up_measured_four_layers_of_another_model():
+    (site,) = planned_model(FOLLOW_UP.model, ttt.TTTConfig(layers=FOLLOW_UP.layers)).sites
+    assert site.count == 4
+    rows = compare(FOLLOW_UP)
+    milliseconds = [1000 * row.measured.added * row.measured.tokens for row in rows]
+    assert milliseconds == pytest.approx([1.0, 2.5, 7.0, 28.0, 44.1, 22.3])
+    assert all(0 < row.added_reached < 1 for row in rows)
+    # With the attention that the prediction takes for granted, the static model is where it should be.
+    assert rows[-1].base_reached == pytest.approx(1, abs=0.1)
 
 
 def test_an_h800_is_an_h100_here(plan):
@@ -200,7 +214,7 @@ def test_command_writes_what_it_says(tmp_path):
     assert (row["model"], row["device"], row["tokens"]) == ("Qwen3-4B", "H200", CONTEXTS[0])
     assert row["prefill"]["overhead_percent"] > 0
     assert row["decode"]["stacked_overhead_percent"] is None
-    assert data["paper"][0]["measured_change_percent"] == pytest.approx(-8.68, abs=0.01)
+    assert data["studies"][0]["rows"][0]["measured_change_percent"] == pytest.approx(-8.68, abs=0.01)
 
 
 def test_command_on_this_processor():

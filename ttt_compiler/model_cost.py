@@ -298,7 +298,9 @@ def training(
 
 
 def named(choice: Choice) -> str:
-    """A choice in a word, with the tiles of our kernel."""
+    """A choice in a word, with the tiles of our kernel or the span of the dual form."""
+    if choice.span is not None:
+        return f"{choice.form} L{choice.span}"
     if choice.config is None:
         return choice.form
     c = choice.config

@@ -15,7 +15,8 @@ from ttt_compiler.model_cost import BUILT, Added
 
 if TYPE_CHECKING:
     from ttt_compiler.codegen.devices import Device
-    from ttt_compiler.roofline import PaperRow, Roofline, Row, Sweep
+    from ttt_compiler.published import Compared, Study
+    from ttt_compiler.roofline import Roofline, Row, Sweep
 
 PAGE = "docs/roofline.md"
 COMMAND = f"ttt-compiler bench --plan --markdown {PAGE}"
@@ -54,7 +55,7 @@ def render(plan: Roofline) -> str:
         *_devices(plan.devices),
         *_tables(plan),
         *_sweeps(plan.sweeps),
-        *_paper(plan.paper),
+        *_studies(plan.studies),
     ]
     return "\n".join(parts).rstrip() + "\n"
 
@@ -152,15 +153,14 @@ def _cells(row: Row) -> tuple[str, ...]:
 def _sweeps(sweeps: Sequence[Sweep]) -> list[str]:
     rows = []
     for sweep in sweeps:
-        ratios = {form: (ratio, limit) for form, ratio, limit in sweep.ratios}
-        least = min((r for form, (r, _) in ratios.items() if form in BUILT), default=0.0)
+        ratios = {
+            form: (ratio, f"{ratio:.2f} {limit} {label}".rstrip())
+            for form, ratio, limit, label in sweep.ratios
+        }
+        least = min(ratio for form, (ratio, _) in ratios.items() if form in BUILT)
         cells = []
         for form in _FORMS:
-            if form not in ratios:
-                cells.append("as two_gemm")
-                continue
-            ratio, limit = ratios[form]
-            text = f"{ratio:.2f} {limit}"
+            ratio, text = ratios.get(form, (0.0, "as two_gemm"))
             cells.append(f"**{text}**" if form in BUILT and ratio == least else text)
         rows.append((sweep.model, f"{sweep.chunk:,}", *cells))
     return [
@@ -172,13 +172,33 @@ def _sweeps(sweeps: Sequence[Sweep]) -> list[str]:
     ]
 
 
-def _paper(rows: Sequence[PaperRow]) -> list[str]:
-    chunks = [chunk for chunk, _ in rows[0].added]
+def _studies(studies: Sequence[tuple[Study, tuple[Compared, ...]]]) -> list[str]:
+    parts = [
+        "## Published measurements of prefill\n",
+        "Measured columns are published, for the official implementation at batch 1. Predicted columns are\n"
+        "that inference loop as it is written: two GEMMs per chunk, state in bf16. *Reaches* is the\n"
+        "predicted time over the measured one.\n",
+    ]
+    for study, rows in studies:
+        title = f"### {study.model} on one {study.device.name}\n"
+        stated = "" if study.stated else " C is not stated, so several are predicted."
+        parts += [title, f"{study.source}. Layers `{study.layers}`.{stated}\n", _compared(study, rows)]
+        parts.append(_explanation(rows) if not study.stated else _spread(rows))
+    parts.append(_together([row for _, rows in studies for row in rows]))
+    return parts
+
+
+def _compared(study: Study, rows: Sequence[Compared]) -> str:
     head = [
         *("attention", "tokens", "static k tok/s", "with TTT", "change", "added us/token"),
         "static predicted k tok/s",
-        *(f"change predicted, C={chunk:,}" for chunk in chunks),
-        *("added us/token predicted", "added FLOPs", "static reaches", "added reaches"),
+        *(f"change predicted, C={chunk:,}" for chunk in study.chunks),
+        *(
+            f"added us/token predicted, C={study.chunks[0]:,}",
+            "added FLOPs",
+            "static reaches",
+            "added reaches",
+        ),
     ]
     cells = []
     for row in rows:
@@ -186,7 +206,7 @@ def _paper(rows: Sequence[PaperRow]) -> list[str]:
         cells.append(
             (
                 "full" if m.window is None else f"window {m.window:,}",
-                f"{m.tokens // 1024}k",
+                _tokens(row),
                 f"{m.base:.2f}",
                 f"{m.fast:.2f}",
                 _percent(m.change),
@@ -199,18 +219,10 @@ def _paper(rows: Sequence[PaperRow]) -> list[str]:
                 f"{100 * row.added_reached:.0f} %",
             )
         )
-    return [
-        "## The paper's own measurement: Qwen3-4B prefill on one H800\n",
-        "Measured columns are arXiv 2604.06169, figure 4 (batch 1; read off the figure; C not stated), for\n"
-        "its own implementation. Predicted columns are the official inference loop as it is written: two\n"
-        "GEMMs per chunk, state in bf16. *Reaches* is the predicted time over the measured one; what is\n"
-        f"added per token is predicted for C = {chunks[0]:,}.\n",
-        table(head, cells),
-        _explanation(rows),
-    ]
+    return table(head, cells)
 
 
-def _explanation(rows: Sequence[PaperRow]) -> str:
+def _explanation(rows: Sequence[Compared]) -> str:
     """What agrees, what does not, and what cannot be known, in numbers of the rows."""
     full = [row for row in rows if row.measured.window is None]
     window = next(row for row in rows if row.measured.window is not None)
@@ -235,21 +247,47 @@ waits for the one before, convolution and transposes are kernels of their own; t
 dtype of its writes are not published. The columns for shorter chunks say how much a short chunk alone would
 explain. At {_tokens(last)} the throughputs have two decimals, so the change there is known to
 {slack:.1f} points at best, less for being read off a figure.
-
-**What it means here.** The prediction is what a compiled implementation can approach, not what the paper's
-reaches; no measurement of ours on a GPU exists yet.
 """
 
 
-def _change(row: PaperRow) -> str:
+def _spread(rows: Sequence[Compared]) -> str:
+    """How far measurements of the same added work lie apart within one study."""
+    added = [row.measured.added * row.measured.tokens for row in rows]
+    twice = [
+        (row, sorted(a for a, other in zip(added, rows, strict=True) if _tokens(other) == _tokens(row)))
+        for row in rows
+        if [_tokens(other) for other in rows].count(_tokens(row)) > 1
+    ]
+    row, (least, most) = twice[0]
+    reached = _range((100 * row.base_reached for row in rows), ".0f")
+    return f"""The static model reaches {reached} % of its predicted speed. At {_tokens(row)} the same added
+work took {1e3 * least:.0f} ms in one run and {1e3 * most:.0f} ms in the other, where
+{1e3 * row.added[0][1] * row.measured.tokens:.0f} ms are predicted: what is added is a small difference of two
+long runs, and the report gives no spread.
+"""
+
+
+def _together(rows: Sequence[Compared]) -> str:
+    """What all studies say of the model."""
+    factors = _range((row.measured.change / row.predicted_changes[0][1] for row in rows), ".1f")
+    reached = _range((100 * row.base_reached for row in rows), ".0f")
+    return f"""### What it means here
+
+Over all rows the measured change is {factors} times the predicted one, and the static model's measured
+speed {reached} % of the predicted one. The prediction is what a compiled implementation can approach, not
+what those implementations reach; no measurement of ours on a GPU exists yet.
+"""
+
+
+def _change(row: Compared) -> str:
     return _percent(row.measured.change)
 
 
-def _predicted(row: PaperRow) -> str:
+def _predicted(row: Compared) -> str:
     return _percent(row.predicted_changes[0][1])
 
 
-def _tokens(row: PaperRow) -> str:
+def _tokens(row: Compared) -> str:
     return f"{row.measured.tokens // 1024}k"
 
 
