@@ -71,12 +71,13 @@ def main() -> None:
     print(f"GFLOP/s: {rates}; {device.hbm / 1e9:.1f} GB/s; {device.host * 1e6:.1f} us per call")
     print("\n| D | F | T | C | B | dtype | measured ms | predicted ms | error | limit |")
     print("|---|---|---|---|---|---|---|---|---|---|")
-    rows = []
+    rows, units = [], []
     for d, f, t, c, name, b in SHAPES:
         shape = ScanShape(t, d, f, c, b, getattr(torch, name))
         cost = cost_of(forms_cpu.recurrent(shape, device), device)
         seconds = measured(shape, a.rounds, clock_of(a.threads))
         error = cost.seconds / seconds - 1
+        units.append(shape.unit)
         rows.append({"shape": [d, f, t, c, name, b], "measured": seconds, "predicted": cost.seconds})
         print(
             f"| {d} | {f} | {t} | {c} | {b} | {name} | {seconds * 1e3:.1f} | {cost.seconds * 1e3:.1f} "
@@ -85,14 +86,18 @@ def main() -> None:
         )
     pairs = [(r["measured"], r["predicted"]) for r in rows]
     errors = [abs(p / m - 1) for m, p in pairs]
+    # Sizes differ by a factor of a hundred, so times rank well by themselves; time per FLOP does not.
+    rates = [(m / u, p / u) for (m, p), u, n in zip(pairs, units, SHAPES, strict=True) if n[4] == "float32"]
     summary = {
         "shapes": len(rows),
         "spearman": spearman(*zip(*pairs, strict=True)),
+        "spearman_per_flop_fp32": spearman(*zip(*rates, strict=True)),
         "median_error": statistics.median(errors),
         "largest_error": max(errors),
     }
     print(
-        f"\n{summary['shapes']} shapes: rank correlation {summary['spearman']:.3f}, median |error| "
+        f"\n{summary['shapes']} shapes: rank correlation of times {summary['spearman']:.3f}, of fp32 times "
+        f"per FLOP of the static projection {summary['spearman_per_flop_fp32']:.3f}; median |error| "
         f"{summary['median_error']:.1%}, largest {summary['largest_error']:.0%}"
     )
     if a.json is not None:

@@ -33,7 +33,7 @@ class UnsupportedModelError(TTTError):
 
 
 class UnsupportedDeviceError(TTTError):
-    """No fast-weight kernel exists for the tensors' device, or nothing is known of a device named in a plan."""
+    """No fast-weight kernel exists for the tensors' device, or nothing is known of a device to plan for."""
 
 
 class GraphRewriteError(TTTError):

@@ -10,7 +10,8 @@ dense (no structured sparsity). Sources, one letter each, named in the entries:
 - (e) AMD Instinct MI300X datasheet and CDNA 3 whitepaper; AMD's ROCm page on the MI300 microarchitecture;
 - (f) CUDA C++ Programming Guide, table of technical specifications per compute capability.
 
-What no vendor publishes is marked "assumed" and carries its reason. May be changed here: a figure, with its
+What no vendor publishes is marked "assumed" and carries its reason. Fractions of peaks are judgements from
+public benchmarks; this project has measured none of them. May be changed here: a figure, with its
 source. This machine's processor is measured instead: :mod:`ttt_compiler.codegen.calibrate`.
 """
 

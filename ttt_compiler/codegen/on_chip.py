@@ -53,9 +53,8 @@ def default_configs(device: Device) -> tuple[ScanConfig, ...]:
     """Every combination of tiles worth looking at; most cannot run on a given device and shape."""
     if not device.overlaps:
         return ()
-    sizes = itertools.product(
-        (16, 32, 64, 128), (32, 64, 128), (64, 128, 256, 512), (4, 8), (1, 2, 3, 4, 6, 8)
-    )
+    groups = (1, 2, 3, 4, 6, 8, 12, 16)
+    sizes = itertools.product((16, 32, 64, 128), (32, 64, 128), (64, 128, 256, 512), (4, 8), groups)
     return tuple(ScanConfig(*size) for size in sizes)
 
 
