@@ -11,7 +11,13 @@ from ttt_compiler.codegen.kernels.chunk_table import chunk_table
 from ttt_compiler.codegen.kernels.tiles import Tile
 from ttt_compiler.codegen.offline import interpreter
 
-TILES = [Tile(16, 16, 32, 4, 1, fill=2), Tile(32, 16, 16, 4, 1, fill=6), Tile(16, 64, 64, 4, 1, fill=1)]
+# With the number of programs that share the columns of W.
+TILES = [
+    (Tile(16, 16, 32, 4, 1), 2),
+    (Tile(32, 16, 16, 4, 1), 2),
+    (Tile(16, 64, 64, 4, 1), 1),
+    (Tile(16, 16, 16, 4, 1), 1),
+]
 PACKED = torch.stack(
     [
         torch.cat([torch.full((3,), -1), torch.arange(20), torch.arange(14)]),
@@ -49,6 +55,7 @@ def check(
 ):
     q, k, v, w0 = operands(*sizes, dtype, shared=shared, base=base, transposed=transposed)
     table = None if pos is None else chunk_table(pos, chunk)
+    groups = min(tile[1], tile[0].group_choices(sizes[2])[-1])
     states = {}
     for wide in (torch.float32, dtype, torch.float64):
         before = torch.randn(4, sizes[3], sizes[2], generator=torch.Generator().manual_seed(1)).to(wide)
@@ -60,7 +67,9 @@ def check(
             if carried
             else {}
         )
-    ours = chunk_scan_partial(q, k, v, w0, table, chunk, tile, **states[torch.float32], **kwargs).sum(0)
+    ours = chunk_scan_partial(
+        q, k, v, w0, table, chunk, tile[0], groups, **states[torch.float32], **kwargs
+    ).sum(0)
 
     def naive(to):
         given = [None if x is None else x.to(to) for x in (q, k, v, w0)]
@@ -113,11 +122,11 @@ def test_a_transposed_base():
 
 def test_what_is_not_written_cannot_harm():
     """NaN in an incomplete chunk stays in its own rows: neither a later document nor a state sees it."""
-    q, _, v, w0 = operands(1, 30, 20, 18, torch.float32, shared=True, base=True, transposed=False)
+    q, _, v, w0 = operands(1, 30, 40, 18, torch.float32, shared=True, base=True, transposed=False)
     pos = torch.cat([torch.arange(10), torch.arange(20)])[None]
     q[0, 9] = float("nan")
-    final = Carried(torch.zeros(1, 18, 20), torch.zeros(1, dtype=torch.int32))
-    y = chunk_scan_partial(q, q, v, w0, chunk_table(pos, 8), 8, TILES[0], final=final).sum(0)
+    final = Carried(torch.zeros(1, 18, 40), torch.zeros(1, dtype=torch.int32))
+    y = chunk_scan_partial(q, q, v, w0, chunk_table(pos, 8), 8, *TILES[0], final=final).sum(0)
     assert y[0, 9].isnan().all()
     assert y[0, :9].isfinite().all()
     assert y[0, 10:].isfinite().all()
@@ -126,25 +135,25 @@ def test_what_is_not_written_cannot_harm():
 
 def test_rows_do_not_touch_each_other():
     q, _, v, w0 = operands(3, 33, 40, 24, torch.float32, shared=True, base=True, transposed=False)
-    together = chunk_scan_partial(q, q, v, w0, None, 8, TILES[1])
+    together = chunk_scan_partial(q, q, v, w0, None, 8, *TILES[1])
     for b in range(3):
         # The number of groups depends on the batch: sums have another order.
-        alone = chunk_scan_partial(q[b : b + 1], q[b : b + 1], v[b : b + 1], w0, None, 8, TILES[1])
+        alone = chunk_scan_partial(q[b : b + 1], q[b : b + 1], v[b : b + 1], w0, None, 8, *TILES[1])
         assert relative_error(together.sum(0)[b], alone.sum(0)[0]) < 1e-6
     q[1:] = 7e8
-    assert torch.equal(chunk_scan_partial(q, q, v, w0, None, 8, TILES[1])[:, 0], together[:, 0])
+    assert torch.equal(chunk_scan_partial(q, q, v, w0, None, 8, *TILES[1])[:, 0], together[:, 0])
 
 
 def test_strides_beyond_int32_are_kept():
     """Rows of a batch lie more than 2^31 elements apart: offsets are 64 bits wide."""
-    length, inner = 20, 24
+    length, inner = 20, 48
     storage = torch.UntypedStorage(4 * (2**31 + 4096))  # never touched between the two rows
     far = torch.empty(0).set_(storage, 0, (2, length, inner), (2**31, inner, 1))
     far[0], far[1] = torch.randn(length, inner), torch.randn(length, inner)
     v, w0 = torch.randn(2, length, 8), torch.randn(8, inner)
-    y = chunk_scan_partial(far, far, v, w0, None, 8, TILES[0]).sum(0)
+    y = chunk_scan_partial(far, far, v, w0, None, 8, *TILES[0]).sum(0)
     near = far.clone(memory_format=torch.contiguous_format)
-    assert torch.equal(y, chunk_scan_partial(near, near, v, w0, None, 8, TILES[0]).sum(0))
+    assert torch.equal(y, chunk_scan_partial(near, near, v, w0, None, 8, *TILES[0]).sum(0))
 
 
 def test_the_table_of_chunks():
@@ -155,8 +164,16 @@ def test_the_table_of_chunks():
     assert chunk_table(torch.zeros(2, 1, dtype=torch.int64), 4).shape == (2, 2, 3)
 
 
-def test_groups_leave_a_sum_for_the_epilogue():
-    tile = Tile(16, 16, 32, 4, 1, fill=1)
-    assert tile.groups(16, 32, 1) == 1
-    assert tile.groups(16, 33, 1) == 2
-    assert Tile(16, 16, 32, 4, 1, fill=1000).groups(16, 320, 1) == 10
+def test_a_program_without_a_tile_is_refused():
+    q, _, v, w0 = operands(1, 8, 20, 18, torch.float32, shared=True, base=True, transposed=False)
+    with pytest.raises(ValueError, match="3 programs cannot share 2 tiles"):
+        chunk_scan_partial(q, q, v, w0, None, 8, Tile(16, 16, 16, 4, 1), 3)
+
+
+def test_groups():
+    tile = Tile(16, 16, 32, 4, 1)
+    assert tile.group_choices(32) == [1]
+    assert tile.group_choices(320) == [1, 2, 4, 8, 10]
+    assert tile.groups(16, 320, 3) == 4
+    assert tile.groups(160, 320, 3) == 1
+    assert tile.groups(16, 320, 1000) == 10

@@ -11,8 +11,7 @@ from torch._inductor.utils import run_and_get_code
 from torch.nn import functional
 
 from tests.tolerances import assert_within_budget, relative_error
-from ttt_compiler.codegen import reference
-from ttt_compiler.codegen.kernels import tiles
+from ttt_compiler.codegen import choose, reference
 from ttt_compiler.codegen.kernels.tiles import Tile
 from ttt_compiler.codegen.offline.interpreter import inductor_on_cpu_tensors
 from ttt_compiler.spec import WriteRule
@@ -25,6 +24,14 @@ PACKED = torch.stack(
 )
 SIZES = (2, 29, 37, 19)  # B, T, F, D
 LR = 0.3
+
+
+def planned(monkeypatch, tile, groups, form="on_chip", span=8):
+    """Every scan gets this plan."""
+    from ttt_compiler.codegen import lowering_gpu
+
+    plan = choose.ScanPlan(form, (tile,), groups, span, 0.0)
+    monkeypatch.setattr(lowering_gpu, "scan_plan", lambda *_, **__: plan)
 
 
 @pytest.fixture(autouse=True)
@@ -108,7 +115,7 @@ def test_dynamic_lengths_share_a_graph():
 
 def test_the_activation_fuses_into_the_scan(monkeypatch):
     """Two tiles along D or fewer: h is computed while it is loaded, and never written."""
-    monkeypatch.setattr(tiles, "INTERPRETED", Tile(16, 16, 64, 4, 1, fill=1))
+    monkeypatch.setattr(choose, "INTERPRETED", Tile(16, 16, 64, 4, 1))
     xs = operands(torch.float32)
     found = kernels(code_of(xs))
     (scan,) = [s for n, s in found.items() if n.startswith("triton_tem")]
@@ -120,7 +127,7 @@ def test_the_activation_fuses_into_the_scan(monkeypatch):
 
 
 def test_an_activation_that_many_tiles_would_repeat_stays_outside(monkeypatch):
-    monkeypatch.setattr(tiles, "INTERPRETED", Tile(16, 16, 64, 4, 1, fill=1))
+    monkeypatch.setattr(choose, "INTERPRETED", Tile(16, 16, 64, 4, 1))
     found = kernels(code_of(operands(torch.float32, (1, 20, 37, 50))))
     (scan,) = [s for n, s in found.items() if n.startswith("triton_tem")]
     assert "libdevice.exp" not in scan
@@ -142,6 +149,32 @@ def test_a_chunk_that_is_not_finite_is_skipped():
     assert y[0, 10].isnan().all()
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_programs_that_walk_several_tiles(monkeypatch, groups):
+    """Three tiles along F for one or two programs: they add to what they stored, and nothing fuses there."""
+    planned(monkeypatch, Tile(16, 16, 16, 4, 1), groups)
+    xs = [x.requires_grad_() for x in operands(torch.float32)]
+    wide = [x.detach().double().requires_grad_() for x in xs]
+    y, want = run(xs, None, 8), exact(wide, None, 8, 1.0)
+    assert relative_error(y, want) < 1e-5
+    y.sum().backward()
+    want.sum().backward()
+    for x, w in zip(xs, wide, strict=True):
+        assert relative_error(x.grad, w.grad) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("decay", "span"), [(1.0, 8), (0.9, 8), (1.0, 16), (1.0, 64)])
+def test_library_products(monkeypatch, dtype, decay, span):
+    planned(monkeypatch, Tile(16, 16, 16, 4, 1), 1, form="library", span=span)
+    xs = operands(dtype)
+    with torch.no_grad():
+        y, (code,) = run_and_get_code(torch.compile(layer), *xs, None, 8, decay, "raise")
+        assert "ttt_chunk_scan_library" in code
+        plain = exact(xs, None, 8, decay)
+        assert_within_budget(y, plain, exact([x.double() for x in xs], None, 8, decay))
+
+
 def code_of(xs, **kwargs):
     with torch.no_grad():
         return run_and_get_code(torch.compile(layer), *xs, None, 8, 1.0, "raise", **kwargs)[1][0]
@@ -153,8 +186,9 @@ def kernels(code):
     return {p.split("'", 1)[0]: p.split("'''")[1] for p in parts}
 
 
-def test_bias_and_residual_fuse_into_the_sum():
-    """Several tiles along F: what follows the scan is one pointwise kernel over the partial outputs."""
+def test_bias_and_residual_fuse_into_the_sum(monkeypatch):
+    """Several programs along F: what follows the scan is one pointwise kernel over the partial outputs."""
+    planned(monkeypatch, Tile(16, 16, 32, 4, 1), 2)
     found = kernels(code_of(operands(torch.float32)))
     (scan,) = [s for n, s in found.items() if n.startswith("triton_tem")]
     after = [s for s in found.values() if s is not scan and "tl.dot" not in s]
@@ -164,7 +198,7 @@ def test_bias_and_residual_fuse_into_the_sum():
 
 def test_bias_and_residual_fuse_into_the_scan(monkeypatch):
     """One tile along F: they are added before the output is stored for the first time."""
-    monkeypatch.setattr(tiles, "INTERPRETED", Tile(16, 16, 64, 4, 1, fill=1))
+    monkeypatch.setattr(choose, "INTERPRETED", Tile(16, 16, 64, 4, 1))
     xs = operands(torch.float32)
     code = code_of(xs)
     (scan,) = [(n, s) for n, s in kernels(code).items() if n.startswith("triton_tem")]

@@ -18,6 +18,7 @@ from ttt_compiler.codegen import forms, forms_cpu
 from ttt_compiler.codegen.cpu.gemm import ONEDNN_MIN_ROWS, SHADOW_MIN_ROWS, is_amd
 from ttt_compiler.codegen.devices import Device
 from ttt_compiler.codegen.forms import ScanShape
+from ttt_compiler.codegen.kernels.tiles import SCAN, architecture, shipped
 from ttt_compiler.codegen.on_chip import ScanConfig, on_chip, why_not, workspace_bytes
 from ttt_compiler.codegen.phases import Cost, Phase, cost_of
 from ttt_compiler.spec import CONV, PROJ, SiteSpec, state_dtype
@@ -175,8 +176,14 @@ def overhead_percent(specs: Iterable[SiteSpec], model_params: int) -> float:
 
 def lowering_name(spec: SiteSpec, device: torch.device, dtype: torch.dtype) -> str:
     """In words, what runs a site on ``device`` for operands of ``dtype``."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        tile = shipped(architecture(device), dtype, SCAN)[0]
+        return (
+            f"{architecture(device)}: chunk scan on the chip, fp32 state, one Triton template per site with "
+            f"tiles of up to {tile.outer} x {tile.inner} of W, or library products, by predicted time"
+        )
     if device.type not in ("cpu", "meta"):
-        return f"none: kernels exist for CPU only so far, and the weights are on {device.type}"
+        return f"none: kernels exist for CPU and CUDA, and the weights are on {device.type}"
     mkl: bool = torch.backends.mkl.is_available()
     blas = "MKL" if mkl else "the BLAS that torch was built with"
     gemms = f"GEMMs by {blas}"

@@ -18,15 +18,19 @@ from typing import Any
 import torch
 from torch._inductor import ir
 from torch._inductor.lowering import fallback_handler, lowerings
-from torch._inductor.select_algorithm import realize_inputs
+from torch._inductor.select_algorithm import ExternKernelChoice, realize_inputs
 from torch._inductor.virtualized import V
 
-from ttt_compiler.codegen.kernels.tiles import GRADIENT, SCAN, Tile, tiles_for
+from ttt_compiler.codegen.choose import ScanPlan, scan_plan
+from ttt_compiler.codegen.forms import ScanShape
+from ttt_compiler.codegen.gpu.library import chunk_scan_library
+from ttt_compiler.codegen.gpu.scan import precision
+from ttt_compiler.codegen.kernels.tiles import GRADIENT, SCAN, Tile
 from ttt_compiler.codegen.target import memoised
 from ttt_compiler.codegen.templates.chunk_scan import partial_scan, rows_contiguous, scratch, summed
-from ttt_compiler.errors import UnsupportedDeviceError
 
 _aten = torch.ops.aten
+_library = ExternKernelChoice(chunk_scan_library, name="ttt_chunk_scan_library")
 _skip = fallback_handler(torch.ops.ttt.skip_nonfinite.default, add_to_fallback_set=False)
 _table = fallback_handler(torch.ops.ttt.chunk_table.default, add_to_fallback_set=False)
 
@@ -35,11 +39,14 @@ def chunk_scan(
     h: Any, v: Any, w0: Any, bias: Any, pos: Any, chunk: int, decay: float, on_nonfinite: str
 ) -> Any:
     """IR of ``y [B, T, D]``; the arguments are those of the op."""
-    tiles = _tiles(h, SCAN)
-    _invite_activation(h, w0.get_size()[0], tiles[0])
+    only_kernel = pos is not None or on_nonfinite != "raise"
+    plan = _plan(h, v, chunk, SCAN, only_kernel=only_kernel, decays=decay != 1.0)
+    if plan.form == "library":
+        return _by_library(h, v, w0, bias, chunk, plan.span, decay)
+    _invite_activation(h, w0.get_size()[0], plan.tiles[0])
     h, v, w0 = rows_contiguous(h), rows_contiguous(v), realize_inputs(w0)
     table = _chunks(pos, chunk, v, h, on_nonfinite)
-    partial = partial_scan(h, h, v, w0, table, chunk, tiles, decay=decay, precision=_precision(h))
+    partial = partial_scan(h, h, v, w0, table, chunk, plan, decay=decay, precision=precision(h.get_dtype()))
     return summed(partial, h.get_dtype(), *([] if bias is None else [bias]))
 
 
@@ -50,22 +57,61 @@ def chunk_scan_backward(
     transposed = realize_inputs(lowerings[_aten.permute.default](w0, [1, 0]))
     outer = (dy, h)
     dy, h, v = rows_contiguous(dy), rows_contiguous(h), rows_contiguous(v)
-    table, tiles = _chunks(pos, chunk, v, h, on_nonfinite), _tiles(h, GRADIENT)
-    given: dict[str, Any] = {"decay": decay, "precision": _precision(h)}
-    by_w = partial_scan(dy, v, h, transposed, table, chunk, tiles, **given)
-    by_s = partial_scan(v, dy, h, None, table, chunk, tiles, reverse=True, **given)
-    batch, (d, f) = h.get_size()[0], w0.get_size()
+    table = _chunks(pos, chunk, v, h, on_nonfinite)
     # With several documents or decay the last state is not the sum over all chunks.
     whole = table is None and decay == 1.0
+    given: dict[str, Any] = {"decay": decay, "precision": precision(h.get_dtype())}
+    turned = _plan(dy, h, chunk, GRADIENT, apart=True, only_kernel=True)
+    by_w = partial_scan(dy, v, h, transposed, table, chunk, turned, **given)
+    by_s = partial_scan(v, dy, h, None, table, chunk, turned, reverse=True, **given)
+    batch, (d, f) = h.get_size()[0], w0.get_size()
     final = scratch([batch, d, f], h.get_device()) if whole else None
     states = None if final is None else realize_inputs(final)
-    dv = partial_scan(h, h, dy, None, table, chunk, tiles, reverse=True, final=states, **given)
+    plan = _plan(h, dy, chunk, GRADIENT, final=whole, only_kernel=True)
+    dv = partial_scan(h, h, dy, None, table, chunk, plan, reverse=True, final=states, **given)
     dh = lowerings[_aten.add.Tensor](summed(by_w, torch.float32), lowerings[_aten.sum.dim_IntList](by_s, [0]))
     if final is not None:
         dw0 = summed(final, w0.get_dtype())
     else:
         dw0 = lowerings[torch.ops.prims.convert_element_type.default](_outer(*outer), w0.get_dtype())
     return _to(dh, h), summed(dv, v.get_dtype()), dw0
+
+
+def _plan(
+    q: Any,
+    v: Any,
+    chunk: int,
+    use: str,
+    *,
+    only_kernel: bool,
+    apart: bool = False,
+    final: bool = False,
+    decays: bool = False,
+) -> ScanPlan:
+    """What the cost model says of this scan; of lengths that vary, for the length seen first."""
+    hint = V.graph.sizevars.optimization_hint
+    batch, length, inner = (hint(x) for x in q.get_size())
+    shape = ScanShape(
+        tokens=max(length, 1),
+        d_model=hint(v.get_size()[-1]),
+        d_ff=inner,
+        chunk=chunk,
+        batch=max(batch, 1),
+        dtype=q.get_dtype(),
+        final=final,
+        apart=apart,
+    )
+    return scan_plan(q.get_device(), use, shape, only_kernel=only_kernel, decays=decays)
+
+
+def _by_library(h: Any, v: Any, w0: Any, bias: Any, chunk: int, span: int, decay: float) -> Any:
+    """Products by torch's library, in a loop of its own."""
+    h, v = (ir.ExternKernel.require_contiguous(x) for x in (h, v))
+    inputs = [ir.ExternKernel.realize_input(x) for x in (h, v, w0)]
+    batch, length, _ = h.get_size()
+    layout = ir.FixedLayout(h.get_device(), h.get_dtype(), [batch, length, w0.get_size()[0]])
+    y = _library.bind(inputs, layout, chunk=chunk, span=span, decay=decay).output_node()
+    return y if bias is None else lowerings[_aten.add.Tensor](y, bias)
 
 
 def _invite_activation(h: Any, outer: Any, tile: Tile) -> None:
@@ -101,18 +147,3 @@ def _chunks(pos: Any, chunk: int, v: Any, h: Any, on_nonfinite: str) -> Any:
         pos = realize_inputs(pos)
         table = memoised("table", pos, chunk, lambda: realize_inputs(_table(pos, chunk)))
     return table if on_nonfinite == "raise" else realize_inputs(_skip(table, v, h, chunk))
-
-
-def _tiles(h: Any, use: str) -> tuple[Tile, ...]:
-    if h.get_dtype() not in (torch.float32, torch.bfloat16, torch.float16):
-        raise UnsupportedDeviceError(
-            f"fast weights in {h.get_dtype()} do not run on {h.get_device()}: its matrix units have no such "
-            "products. Use float32, bfloat16 or float16 there, or model.to('cpu')"
-        )
-    return tiles_for(h.get_device(), h.get_dtype(), use)
-
-
-def _precision(h: Any) -> str:
-    """Of products of fp32 operands: what the user chose for torch's own."""
-    fast = h.get_dtype() == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    return "tf32" if fast else "ieee"

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from ttt_compiler.codegen.devices import Device
 from ttt_compiler.codegen.forms import L2_SHARE, ScanShape
+from ttt_compiler.codegen.kernels.tiles import GRADIENT, SCAN, SHIPPED
 from ttt_compiler.codegen.phases import Phase, stream
 
 # Registers of a thread besides its part of W and of the output tile: addresses, operand fragments, masks.
@@ -50,12 +51,15 @@ class ScanConfig:
 
 
 def default_configs(device: Device) -> tuple[ScanConfig, ...]:
-    """Every combination of tiles worth looking at; most cannot run on a given device and shape."""
+    """The tiles that are shipped for a device's architecture, with every number of groups."""
     if not device.overlaps:
         return ()
-    groups = (1, 2, 3, 4, 6, 8, 12, 16)
-    sizes = itertools.product((16, 32, 64, 128), (32, 64, 128), (64, 128, 256, 512), (4, 8), groups)
-    return tuple(ScanConfig(*size) for size in sizes)
+    by_use = SHIPPED[device.arch][2]
+    tiles = dict.fromkeys(t for use in (SCAN, GRADIENT) for t in by_use[use])
+    return tuple(
+        ScanConfig(t.tokens, t.outer, t.inner, t.warps, groups, t.stages)
+        for t, groups in itertools.product(tiles, range(1, 9))
+    )
 
 
 def workspace_bytes(config: ScanConfig, shape: ScanShape) -> int:
@@ -83,8 +87,6 @@ def why_not(config: ScanConfig, shape: ScanShape, device: Device) -> str | None:
         size = getattr(config, name)
         if size < 16 or size & (size - 1):
             return f"{name}={size} must be a power of two of at least 16"
-    if config.bm > shape.chunk and shape.chunks > 1:
-        return f"a subtile of {config.bm} tokens crosses the border of a chunk of {shape.chunk}"
     if config.groups > math.ceil(shape.d_ff / config.bf):
         return f"{config.groups} groups share {math.ceil(shape.d_ff / config.bf)} tiles"
     shared = shared_bytes(config, shape)

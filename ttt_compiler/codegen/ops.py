@@ -16,6 +16,9 @@ no kernel toolchain.
 from __future__ import annotations
 
 import functools
+import importlib
+import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,6 +34,7 @@ from ttt_compiler.codegen.kernels.chunk_table import (
     require_whole_documents,
     skip_nonfinite,
 )
+from ttt_compiler.codegen.kernels.tiles import architecture
 from ttt_compiler.codegen.layout import StateTensors
 from ttt_compiler.errors import NotCompiledError, UnsupportedDeviceError
 from ttt_compiler.spec import SiteSpec, state_dtype
@@ -67,6 +71,16 @@ _lib.define(
     "str spec, Tensor(a!) w, Tensor(b!) tail_h, Tensor(c!) tail_t, Tensor(d!) tail_v, Tensor(e!) lanes, "
     "Tensor(f!) rows, Tensor(g!) norms, Tensor batch) -> Tensor"
 )
+
+
+def _on_gpu(module: str, name: str) -> Callable[..., Any]:
+    """A function of ``codegen/gpu`` that is imported when it is first called: it needs triton."""
+
+    def call(*args: Any) -> Any:
+        return getattr(importlib.import_module(f"ttt_compiler.codegen.gpu.{module}"), name)(*args)
+
+    return call
+
 
 KERNEL_OPS = (
     "chunk_conv",
@@ -129,18 +143,34 @@ _lib.impl("limit_writes_backward", cpu_controls.limit_writes_backward, "CPU")
 _lib.impl("chunk_scan", cpu_scan.chunk_scan, "CPU")
 _lib.impl("chunk_scan_backward", cpu_scan.chunk_scan_backward, "CPU")
 _lib.impl("fast_weight_step", _fast_weight_step, "CPU")
+for _module, _name in (
+    ("conv", "chunk_conv"),
+    ("conv", "chunk_conv_dweight"),
+    ("controls", "limit_writes"),
+    ("controls", "limit_writes_backward"),
+    ("scan", "chunk_scan"),
+    ("scan", "chunk_scan_backward"),
+):
+    _lib.impl(_name, _on_gpu(_module, _name), "CUDA")
 
 
-def require_cpu(device: torch.device, where: str) -> None:
+def require_kernels(device: torch.device, where: str) -> None:
     """Raise unless fast-weight kernels exist for ``device``.
 
     Raises:
         UnsupportedDeviceError: naming ``where`` and what to do.
     """
-    if device.type not in ("cpu", "meta"):
+    if device.type in ("cpu", "meta"):
+        return
+    if device.type != "cuda":
         raise UnsupportedDeviceError(
-            f"{where} is on {device}: fast-weight kernels exist for CPU only so far. Type model.to('cpu')"
+            f"{where} is on {device}: fast-weight kernels exist for CPU and CUDA. Type model.to('cpu')"
         )
+    if importlib.util.find_spec("triton") is None:
+        raise UnsupportedDeviceError(
+            f"{where} is on {device}, whose kernels need triton: pip install triton, or model.to('cpu')"
+        )
+    architecture(device)
 
 
 @torch.library.register_fake("ttt::site", lib=_lib)

@@ -8,9 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ttt_compiler.codegen.choose import scan_plan
+from ttt_compiler.codegen.forms import ScanShape
 from ttt_compiler.codegen.kernels.chunk_scan import Carried, chunk_scan_partial
 from ttt_compiler.codegen.kernels.chunk_table import chunk_table, require_whole_documents, skip_nonfinite
-from ttt_compiler.codegen.kernels.tiles import GRADIENT, SCAN, tiles_for
+from ttt_compiler.codegen.kernels.tiles import GRADIENT, SCAN, Tile
 
 
 def chunk_scan(
@@ -25,10 +27,11 @@ def chunk_scan(
 ) -> Tensor:
     """See :func:`ttt_compiler.codegen.cpu.scan.chunk_scan`; nothing is raised for NaN, it spreads."""
     h, v = h.contiguous(), v.contiguous()
-    tile = tiles_for(h.device, h.dtype, SCAN)[0]
     table = _chunks(pos, chunk, v, h, on_nonfinite)
-    partial = chunk_scan_partial(h, h, v, w0, table, chunk, tile, decay=decay, precision=precision(h.dtype))
-    y = partial.sum(0)
+    tile, groups = _schedule(h, v, chunk, SCAN)
+    y = chunk_scan_partial(
+        h, h, v, w0, table, chunk, tile, groups, decay=decay, precision=precision(h.dtype)
+    ).sum(0)
     return (y if bias is None else y + bias).to(h.dtype)
 
 
@@ -44,14 +47,14 @@ def chunk_scan_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`ttt_compiler.codegen.cpu.scan.chunk_scan_backward`."""
     dy, h, v = dy.contiguous(), h.contiguous(), v.contiguous()
-    tile = tiles_for(h.device, h.dtype, GRADIENT)[0]
     table = _chunks(pos, chunk, v, h, on_nonfinite)
     exact = precision(h.dtype)
 
     def scan(q: Tensor, k: Tensor, v: Tensor, base: Tensor | None, final: Carried | None = None) -> Tensor:
+        tile, groups = _schedule(q, v, chunk, GRADIENT)
         back = base is None
         return chunk_scan_partial(
-            q, k, v, base, table, chunk, tile, decay=decay, reverse=back, final=final, precision=exact
+            q, k, v, base, table, chunk, tile, groups, decay=decay, reverse=back, final=final, precision=exact
         ).sum(0)
 
     dh = scan(dy, v, h, w0.t()) + scan(v, dy, h, None)
@@ -68,6 +71,13 @@ def chunk_scan_backward(
 def precision(dtype: torch.dtype) -> str:
     """Of products of operands of ``dtype``: what the user chose for torch's own."""
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def _schedule(q: Tensor, v: Tensor, chunk: int, use: str) -> tuple[Tile, int]:
+    batch, length, inner = q.shape
+    shape = ScanShape(max(length, 1), v.shape[-1], inner, chunk, max(batch, 1), q.dtype)
+    plan = scan_plan(q.device, use, shape, only_kernel=True)
+    return plan.tiles[0], plan.groups
 
 
 def _chunks(pos: Tensor | None, chunk: int, v: Tensor, h: Tensor, on_nonfinite: str) -> Tensor | None:

@@ -258,6 +258,7 @@ def chunk_scan_partial(
     table: Tensor | None,
     chunk: int,
     tile: Tile,
+    groups: int,
     *,
     decay: float = 1.0,
     reverse: bool = False,
@@ -275,6 +276,7 @@ def chunk_scan_partial(
         table: of :func:`chunk_table`, or None: chunks of C tokens from the first token on.
         chunk: C.
         tile: the schedule.
+        groups: S, programs that share the columns of W.
         decay: gamma.
         reverse: from the last chunk to the first.
         init: what rows start from, instead of the base.
@@ -286,7 +288,6 @@ def chunk_scan_partial(
     """
     batch, length, inner = q.shape
     outer = v.shape[-1]
-    groups = tile.groups(outer, inner, batch)
     partial = torch.empty(groups, batch, length, outer, dtype=torch.float32, device=q.device)
     if partial.numel() == 0:
         return partial
@@ -343,7 +344,13 @@ def scan_constants(
     shared: bool,
     precision: str,
 ) -> dict[str, Any]:
-    """Compile-time arguments that launches and templates share."""
+    """Compile-time arguments that launches and templates share.
+
+    Raises:
+        ValueError: a program would have no tile, and leave its output unwritten.
+    """
+    if not 1 <= groups <= -(-inner // tile.inner):
+        raise ValueError(f"{groups} programs cannot share {-(-inner // tile.inner)} tiles")
     return {
         "CHUNK": chunk,
         "DECAY": decay,

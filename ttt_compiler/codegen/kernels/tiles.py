@@ -23,7 +23,6 @@ class Tile:
         inner: BI, columns of W in a tile.
         warps: of a program.
         stages: of the software pipeline.
-        fill: programs that fill the device; decides how the columns of W are shared out.
     """
 
     tokens: int
@@ -31,19 +30,26 @@ class Tile:
     inner: int
     warps: int
     stages: int
-    fill: int = 132
 
-    def groups(self, outer: int, inner: int, batch: int) -> int:
-        """S: programs along I. Not 1 unless there is one tile: a sum over S must remain.
+    @property
+    def schedule(self) -> tuple[int, int, int, int, int]:
+        """All of it, as a key."""
+        return self.tokens, self.outer, self.inner, self.warps, self.stages
+
+    def group_choices(self, inner: int) -> list[int]:
+        """Numbers of programs that may share the columns of W. Each has an fp32 output of its own.
 
         Args:
-            outer: O.
             inner: I.
-            batch: B.
         """
         tiles = -(-inner // self.inner)
-        rows = -(-outer // self.outer) * batch
-        return min(tiles, max(2, -(-self.fill // rows)))
+        return [g for g in (1, 2, 3, 4, 6, 8) if g < tiles] + [tiles] * (tiles <= 8)
+
+    def groups(self, outer: int, inner: int, programs: int = 2) -> int:
+        """The least of :meth:`group_choices` that gives so many programs for one row of a batch."""
+        rows = -(-outer // self.outer)
+        choices = self.group_choices(inner)
+        return next((g for g in choices if g * rows >= programs), choices[-1])
 
 
 # What a scan is used for; more arguments leave fewer registers for the tile.
@@ -57,8 +63,8 @@ def _everywhere(*tiles: Tile) -> dict[str, tuple[Tile, ...]]:
 # By architecture, bytes of an operand and use: best first for a large W.
 SHIPPED: dict[str, dict[int, dict[str, tuple[Tile, ...]]]] = {
     "sm_80": {
-        2: _everywhere(Tile(16, 64, 128, 8, 2, fill=108), Tile(32, 32, 128, 8, 2, fill=108)),
-        4: _everywhere(Tile(16, 16, 16, 4, 1, fill=108)),
+        2: _everywhere(Tile(16, 64, 128, 8, 2), Tile(32, 32, 128, 8, 2)),
+        4: _everywhere(Tile(16, 32, 32, 8, 1)),
     },
     "sm_90": {
         2: {
@@ -66,45 +72,52 @@ SHIPPED: dict[str, dict[int, dict[str, tuple[Tile, ...]]]] = {
             GRADIENT: (Tile(64, 64, 128, 8, 3), Tile(64, 128, 64, 8, 2), Tile(64, 64, 64, 4, 2)),
             RUNNING: (Tile(64, 64, 256, 8, 2), Tile(64, 128, 64, 8, 2), Tile(64, 64, 128, 8, 3)),
         },
-        4: _everywhere(Tile(16, 16, 16, 4, 1)),
+        4: _everywhere(Tile(16, 32, 32, 8, 1)),
     },
     "sm_100": {
         2: {
-            SCAN: (Tile(64, 64, 128, 8, 3, fill=148), Tile(64, 64, 64, 8, 2, fill=148)),
-            GRADIENT: (Tile(64, 64, 128, 8, 3, fill=148), Tile(64, 64, 64, 8, 2, fill=148)),
-            RUNNING: (Tile(64, 64, 64, 8, 2, fill=148),),
+            SCAN: (Tile(64, 64, 128, 8, 3), Tile(64, 64, 64, 8, 2)),
+            GRADIENT: (Tile(64, 64, 128, 8, 3), Tile(64, 64, 64, 8, 2)),
+            RUNNING: (Tile(64, 64, 64, 8, 2),),
         },
-        4: _everywhere(Tile(16, 16, 16, 4, 1, fill=148)),
+        4: _everywhere(Tile(16, 32, 32, 8, 1)),
     },
     "gfx942": {
-        2: _everywhere(Tile(32, 64, 32, 8, 2, fill=304)),
-        4: _everywhere(Tile(32, 32, 64, 8, 2, fill=304)),
+        2: {
+            SCAN: (Tile(32, 64, 32, 8, 2), Tile(32, 64, 32, 8, 1)),
+            GRADIENT: (Tile(32, 64, 32, 8, 1), Tile(32, 32, 32, 8, 2)),
+            RUNNING: (Tile(32, 64, 32, 8, 2), Tile(32, 64, 32, 8, 1)),
+        },
+        4: _everywhere(Tile(32, 32, 64, 8, 2)),
     },
 }
-INTERPRETED = Tile(16, 16, 32, 4, 1, fill=2)
+INTERPRETED = Tile(16, 16, 32, 4, 1)
 
 
-def tiles_for(device: torch.device, dtype: torch.dtype, use: str) -> tuple[Tile, ...]:
-    """Tiles for a device, best first.
+def shipped(arch: str, dtype: torch.dtype, use: str) -> tuple[Tile, ...]:
+    """Tiles that were compiled and checked.
 
     Args:
-        device: where the operands are.
+        arch: key of ``SHIPPED``.
         dtype: of the operands.
         use: ``SCAN``, ``GRADIENT`` or ``RUNNING``.
 
     Raises:
-        UnsupportedDeviceError: no tile was compiled for its architecture.
+        UnsupportedDeviceError: the matrix units have no products of ``dtype``.
     """
-    if device.type == "cpu":
-        return (INTERPRETED,)
-    return SHIPPED[architecture(device)][dtype.itemsize][use]
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise UnsupportedDeviceError(
+            f"fast weights in {dtype} do not run on {arch}: its matrix units have no such products. Use "
+            "float32, bfloat16 or float16 there, or model.to('cpu')"
+        )
+    return SHIPPED[arch][dtype.itemsize][use]
 
 
 def architecture(device: torch.device) -> str:
     """The key of ``SHIPPED`` for a device.
 
     Raises:
-        UnsupportedDeviceError: see :func:`tiles_for`.
+        UnsupportedDeviceError: no tile was compiled for its architecture.
     """
     if device.type == "cuda" and torch.version.hip:
         name = str(torch.cuda.get_device_properties(device).gcnArchName).partition(":")[0]

@@ -22,8 +22,8 @@ from torch._inductor.select_algorithm import (
 )
 from torch._inductor.virtualized import V
 
+from ttt_compiler.codegen.choose import ScanPlan
 from ttt_compiler.codegen.kernels.chunk_scan import chunk_scan_kernel, scan_constants
-from ttt_compiler.codegen.kernels.tiles import Tile
 from ttt_compiler.codegen.templates.from_kernel import template_source
 
 _aten = torch.ops.aten
@@ -80,7 +80,7 @@ def partial_scan(
     base: Any,
     table: Any,
     chunk: int,
-    tiles: Sequence[Tile],
+    plan: ScanPlan,
     *,
     decay: float,
     reverse: bool = False,
@@ -96,7 +96,7 @@ def partial_scan(
         base: ``[O, I]`` or None.
         table: int32, or None.
         chunk: C.
-        tiles: choices, best first. More than one is measured under ``max_autotune`` only.
+        plan: tiles, best first; more than one is measured under ``max_autotune`` only.
         decay: gamma.
         reverse: from the last chunk to the first.
         final: fp32 ``[B, O, I]`` to be filled with all that was written, or None.
@@ -106,13 +106,19 @@ def partial_scan(
     inputs = [q, *([] if shared else [k]), v, *(x for x in (base, table, final) if x is not None)]
     batch, length, inner = q.get_size()
     outer = v.get_size()[-1]
-    wide, deep, rows = (V.graph.sizevars.optimization_hint(x) for x in (outer, inner, batch))
+    deep = V.graph.sizevars.guard_int(inner)
+    layout = ir.FixedLayout(q.get_device(), torch.float32, [plan.groups, batch, length, outer])
     choices: list[Any] = []
-    for tile in tiles if config.max_autotune else tiles[:1]:
-        groups = tile.groups(wide, deep, rows)
-        layout = ir.FixedLayout(q.get_device(), torch.float32, [groups, batch, length, outer])
+    for tile in plan.tiles if config.max_autotune else plan.tiles[:1]:
         constants = scan_constants(
-            chunk, tile, deep, groups, decay=decay, reverse=reverse, shared=shared, precision=repr(precision)
+            chunk,
+            tile,
+            deep,
+            plan.groups,
+            decay=decay,
+            reverse=reverse,
+            shared=shared,
+            precision=repr(precision),
         )
         error = scan_template().maybe_append_choice(
             choices,
@@ -131,7 +137,10 @@ def partial_scan(
         )
         if error is not None:
             raise error
-    node, _ = autotune_select_algorithm("ttt_chunk_scan", choices, inputs, choices[0].layout)
+    node, _ = autotune_select_algorithm("ttt_chunk_scan", choices, inputs, layout)
+    if plan.groups * min(t.inner for t in plan.tiles) < deep:
+        # Programs add to what they stored: nothing may be done to it in between. Checked on torch 2.13.
+        node.data.data.allow_epilogue_fusion = False
     return node
 
 
