@@ -142,7 +142,7 @@ def one_layer(
     args = (h, t, w0, conv, proj, LR, chunk)
     import ttt_compiler.codegen.lowering  # noqa: F401
 
-    compiled = torch.compile(ours, fullgraph=True, dynamic=False)
+    compiled, by_chunk, all_at_once = (torch.compile(x, dynamic=False) for x in (ours, loop, stacked))
     errors = gate(compiled, args)
     whole = length % chunk == 0
     with torch.no_grad():
@@ -150,11 +150,11 @@ def one_layer(
             "static": lambda: functional.linear(h, w0),
             "ours": lambda: compiled(*args),
             "official loop": lambda: loop(*args),
-            "official loop, compiled": lambda c=torch.compile(loop): c(*args),
+            "official loop, compiled": lambda: by_chunk(*args),
         }
         if whole:
             runs["official training form"] = lambda: stacked(*args)
-            runs["official training form, compiled"] = lambda c=torch.compile(stacked): c(*args)
+            runs["official training form, compiled"] = lambda: all_at_once(*args)
         if (fla := nearest_of_fla(h, w0, chunk)) is not None:
             runs["fla linear attention (not the same function)"] = fla
         forward = paired(runs, rounds, device)
@@ -177,7 +177,7 @@ def step(fn: Callable[..., Tensor], args: tuple[Any, ...]) -> None:
 
 
 def gate(compiled: Callable[..., Tensor], args: tuple[Any, ...]) -> dict[str, float]:
-    """No number from a wrong result: errors of ours and of plain torch against fp64, on a part of the text."""
+    """No number from a wrong result: errors of ours and of plain torch against fp64, on part of a text."""
     h, t, w0, conv, proj, lr, chunk = args
     length = min(h.shape[1], 3 * chunk + chunk // 2)
     part = (h[:, :length].contiguous(), t[:, :length].contiguous(), w0, conv, proj)
