@@ -47,7 +47,7 @@ def scan_plan(
 
     Args:
         device: where the operands are.
-        use: ``SCAN``, ``GRADIENT`` or ``RUNNING`` of the tiles.
+        use: ``SCAN``, ``DECAY``, ``GRADIENT`` or ``RUNNING`` of the tiles.
         shape: of the scan; ``d_model`` and ``d_ff`` are rows and columns of W.
         only_kernel: whether only our kernel can do it (documents, skipped writes, states, gradients).
         decays: whether W decays: then every chunk is written by itself.

@@ -25,7 +25,7 @@ from ttt_compiler.codegen.choose import ScanPlan, scan_plan
 from ttt_compiler.codegen.forms import ScanShape
 from ttt_compiler.codegen.gpu.library import chunk_scan_library
 from ttt_compiler.codegen.gpu.scan import precision
-from ttt_compiler.codegen.kernels.tiles import GRADIENT, SCAN, Tile
+from ttt_compiler.codegen.kernels.tiles import DECAY, GRADIENT, SCAN, Tile
 from ttt_compiler.codegen.target import memoised
 from ttt_compiler.codegen.templates.chunk_scan import partial_scan, rows_contiguous, scratch, summed
 
@@ -40,7 +40,8 @@ def chunk_scan(
 ) -> Any:
     """IR of ``y [B, T, D]``; the arguments are those of the op."""
     only_kernel = pos is not None or on_nonfinite != "raise"
-    plan = _plan(h, v, chunk, SCAN, only_kernel=only_kernel, decays=decay != 1.0)
+    use = SCAN if decay == 1.0 else DECAY
+    plan = _plan(h, v, chunk, use, only_kernel=only_kernel, decays=decay != 1.0)
     if plan.form == "library":
         return _by_library(h, v, w0, bias, chunk, plan.span, decay)
     _invite_activation(h, w0.get_size()[0], plan.tiles[0])
@@ -61,13 +62,14 @@ def chunk_scan_backward(
     # With several documents or decay the last state is not the sum over all chunks.
     whole = table is None and decay == 1.0
     given: dict[str, Any] = {"decay": decay, "precision": precision(h.get_dtype())}
-    turned = _plan(dy, h, chunk, GRADIENT, apart=True, only_kernel=True)
+    use = GRADIENT if decay == 1.0 else DECAY
+    turned = _plan(dy, h, chunk, use, apart=True, only_kernel=True)
     by_w = partial_scan(dy, v, h, transposed, table, chunk, turned, **given)
     by_s = partial_scan(v, dy, h, None, table, chunk, turned, reverse=True, **given)
     batch, (d, f) = h.get_size()[0], w0.get_size()
     final = scratch([batch, d, f], h.get_device()) if whole else None
     states = None if final is None else realize_inputs(final)
-    plan = _plan(h, dy, chunk, GRADIENT, final=whole, only_kernel=True)
+    plan = _plan(h, dy, chunk, use, final=whole, only_kernel=True)
     dv = partial_scan(h, h, dy, None, table, chunk, plan, reverse=True, final=states, **given)
     dh = lowerings[_aten.add.Tensor](summed(by_w, torch.float32), lowerings[_aten.sum.dim_IntList](by_s, [0]))
     if final is not None:

@@ -12,7 +12,7 @@ from ttt_compiler.codegen.choose import scan_plan
 from ttt_compiler.codegen.forms import ScanShape
 from ttt_compiler.codegen.kernels.chunk_scan import Carried, chunk_scan_partial
 from ttt_compiler.codegen.kernels.chunk_table import chunk_table, require_whole_documents, skip_nonfinite
-from ttt_compiler.codegen.kernels.tiles import GRADIENT, SCAN, Tile
+from ttt_compiler.codegen.kernels.tiles import DECAY, GRADIENT, SCAN, Tile
 
 
 def chunk_scan(
@@ -28,7 +28,7 @@ def chunk_scan(
     """See :func:`ttt_compiler.codegen.cpu.scan.chunk_scan`; nothing is raised for NaN, it spreads."""
     h, v = h.contiguous(), v.contiguous()
     table = _chunks(pos, chunk, v, h, on_nonfinite)
-    tile, groups = _schedule(h, v, chunk, SCAN)
+    tile, groups = _schedule(h, v, chunk, SCAN if decay == 1.0 else DECAY)
     y = chunk_scan_partial(
         h, h, v, w0, table, chunk, tile, groups, decay=decay, precision=precision(h.dtype)
     ).sum(0)
@@ -51,7 +51,7 @@ def chunk_scan_backward(
     exact = precision(h.dtype)
 
     def scan(q: Tensor, k: Tensor, v: Tensor, base: Tensor | None, final: Carried | None = None) -> Tensor:
-        tile, groups = _schedule(q, v, chunk, GRADIENT)
+        tile, groups = _schedule(q, v, chunk, GRADIENT if decay == 1.0 else DECAY)
         back = base is None
         return chunk_scan_partial(
             q, k, v, base, table, chunk, tile, groups, decay=decay, reverse=back, final=final, precision=exact

@@ -53,42 +53,45 @@ class Tile:
 
 
 # What a scan is used for; more arguments leave fewer registers for the tile.
-SCAN, GRADIENT, RUNNING = "scan", "gradient", "running"
+SCAN, DECAY, GRADIENT, RUNNING = "scan", "decay", "gradient", "running"
 
 
 def _everywhere(*tiles: Tile) -> dict[str, tuple[Tile, ...]]:
-    return dict.fromkeys((SCAN, GRADIENT, RUNNING), tiles)
+    return dict.fromkeys((SCAN, DECAY, GRADIENT, RUNNING), tiles)
 
 
 # By architecture, bytes of an operand and use: best first for a large W.
 SHIPPED: dict[str, dict[int, dict[str, tuple[Tile, ...]]]] = {
     "sm_80": {
         2: _everywhere(Tile(16, 64, 128, 8, 2), Tile(32, 32, 128, 8, 2)),
-        4: _everywhere(Tile(16, 32, 32, 8, 1)),
+        4: _everywhere(Tile(16, 16, 32, 4, 1)),
     },
     "sm_90": {
         2: {
             SCAN: (Tile(64, 64, 256, 8, 2), Tile(64, 128, 64, 8, 2), Tile(64, 64, 128, 8, 3)),
-            GRADIENT: (Tile(64, 64, 128, 8, 3), Tile(64, 128, 64, 8, 2), Tile(64, 64, 64, 4, 2)),
+            DECAY: (Tile(64, 64, 128, 8, 3),),
+            GRADIENT: (Tile(64, 64, 128, 8, 3),),
             RUNNING: (Tile(64, 64, 256, 8, 2), Tile(64, 128, 64, 8, 2), Tile(64, 64, 128, 8, 3)),
         },
-        4: _everywhere(Tile(16, 32, 32, 8, 1)),
+        4: _everywhere(Tile(16, 16, 32, 4, 1)),
     },
     "sm_100": {
         2: {
             SCAN: (Tile(64, 64, 128, 8, 3), Tile(64, 64, 64, 8, 2)),
+            DECAY: (Tile(64, 64, 64, 8, 2),),
             GRADIENT: (Tile(64, 64, 128, 8, 3), Tile(64, 64, 64, 8, 2)),
             RUNNING: (Tile(64, 64, 64, 8, 2),),
         },
-        4: _everywhere(Tile(16, 32, 32, 8, 1)),
+        4: _everywhere(Tile(16, 16, 32, 4, 1)),
     },
     "gfx942": {
         2: {
             SCAN: (Tile(32, 64, 32, 8, 2), Tile(32, 64, 32, 8, 1)),
+            DECAY: (Tile(16, 32, 32, 8, 1),),
             GRADIENT: (Tile(32, 64, 32, 8, 1), Tile(32, 32, 32, 8, 2)),
             RUNNING: (Tile(32, 64, 32, 8, 2), Tile(32, 64, 32, 8, 1)),
         },
-        4: _everywhere(Tile(32, 32, 64, 8, 2)),
+        4: _everywhere(Tile(16, 32, 32, 8, 1)),
     },
 }
 INTERPRETED = Tile(16, 16, 32, 4, 1)
@@ -100,7 +103,7 @@ def shipped(arch: str, dtype: torch.dtype, use: str) -> tuple[Tile, ...]:
     Args:
         arch: key of ``SHIPPED``.
         dtype: of the operands.
-        use: ``SCAN``, ``GRADIENT`` or ``RUNNING``.
+        use: ``SCAN``, ``DECAY``, ``GRADIENT`` or ``RUNNING``.
 
     Raises:
         UnsupportedDeviceError: the matrix units have no products of ``dtype``.

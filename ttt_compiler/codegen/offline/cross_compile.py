@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ttt_compiler.codegen.kernels.tiles import GRADIENT, RUNNING, SCAN, SHIPPED
+from ttt_compiler.codegen.kernels.tiles import DECAY, GRADIENT, RUNNING, SCAN, SHIPPED
 from ttt_compiler.codegen.offline.targets import TARGETS, Target
 from ttt_compiler.compat import assembler
 
@@ -28,7 +28,9 @@ _BACK = {"REVERSE": True, "HAS_BASE": False, "WRITE_ALL": True}
 USES: dict[str, tuple[str, dict[str, Any]]] = {
     "forward": (SCAN, {}),
     "documents": (SCAN, {"HAS_TABLE": True}),
-    "decay": (SCAN, {"HAS_TABLE": True, "DECAY": 0.99}),
+    "decay": (DECAY, {"HAS_TABLE": True, "DECAY": 0.99}),
+    "decay, gradient by W": (DECAY, {"SHARED": False, "HAS_TABLE": True, "DECAY": 0.99}),
+    "decay, gradient by S": (DECAY, {"SHARED": False, "HAS_TABLE": True, "DECAY": 0.99, **_BACK}),
     "gradient by W": (GRADIENT, {"SHARED": False}),
     "gradient by S": (GRADIENT, {"SHARED": False, **_BACK}),
     "gradient of v": (GRADIENT, {"HAS_TABLE": True, **_BACK}),
