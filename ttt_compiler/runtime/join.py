@@ -18,7 +18,8 @@ from ttt_compiler.runtime.cache import plain_layers
 def joined(caches: Sequence[Any], make: Callable[[], Any]) -> tuple[Any, list[int]]:
     """One cache with a row per given cache, and how many empty positions stand in front of each.
 
-    A single cache is handed through as it is.
+    A single cache is handed through as it is. Of several, keys and values are moved, layer by layer, so that
+    no more than one layer is held twice: the given caches are empty afterwards.
 
     Raises:
         CacheError: a layer keeps something else than all keys and values.
@@ -35,22 +36,28 @@ def joined(caches: Sequence[Any], make: Callable[[], Any]) -> tuple[Any, list[in
         parts = [(x[i].keys, x[i].values) if i < len(x) and x[i].is_initialized else None for x in layers]
         like = next(p for p in parts if p is not None)
         out.update(*(_stacked([p and p[j] for p in parts], like[j], width) for j in (0, 1)), i)
+        for own in layers:
+            if i < len(own):
+                own[i].keys = own[i].values = None
     return out, [width - n for n in lengths]
 
 
 def split(cache: Any, padding: Sequence[int], make: Callable[[], Any]) -> list[Any]:
-    """The rows of a cache of :func:`joined` as caches of their own, without the empty positions."""
+    """The rows of a cache of :func:`joined` as caches of their own, without the empty positions.
+
+    Keys and values are moved, layer by layer: ``cache`` is empty afterwards.
+    """
     if len(padding) == 1:
         return [cache]
-    layers = plain_layers(cache)
-    out = []
-    for row, empty in enumerate(padding):
-        own = make()
-        for i, layer in enumerate(layers):
-            if layer.is_initialized and layer.keys.shape[-2] > empty:
+    out = [make() for _ in padding]
+    for i, layer in enumerate(plain_layers(cache)):
+        if not layer.is_initialized:
+            continue
+        for row, empty in enumerate(padding):
+            if layer.keys.shape[-2] > empty:
                 keys, values = (x[row : row + 1, :, empty:].clone() for x in (layer.keys, layer.values))
-                own.update(keys, values, i)
-        out.append(own)
+                out[row].update(keys, values, i)
+        layer.keys = layer.values = None
     return out
 
 

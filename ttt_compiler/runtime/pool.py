@@ -13,7 +13,7 @@ import os
 import re
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ttt_compiler.codegen.layout import CACHED
 from ttt_compiler.errors import CacheError, PoolError, PoolFullError, SnapshotError
 from ttt_compiler.runtime import snapshot
-from ttt_compiler.runtime.cache import attach_state
+from ttt_compiler.runtime.cache import attach_state, plain_layers
 from ttt_compiler.runtime.cache_size import cache_bytes
 from ttt_compiler.runtime.join import joined, split
 from ttt_compiler.runtime.layers import fork_cache, layer_bytes
@@ -48,7 +48,8 @@ class _Sequence:
     lent: bool = False
     lost: str | None = None
     used: int = 0
-    tokens: list[int] = field(default_factory=list)
+    # The slow weights that its fast weights were written on.
+    owner: object = None
 
 
 class Pool:
@@ -104,6 +105,7 @@ class Pool:
         self._sequences: dict[str, _Sequence] = {}
         self._changed = threading.Condition()
         self._tick = 0
+        self._blocks: list[PooledSession] = []
         if self.disk is not None:
             self.disk.mkdir(parents=True, exist_ok=True)
             for path in sorted(self.disk.glob(f"*{SUFFIX}")):
@@ -124,9 +126,11 @@ class Pool:
     @property
     def nbytes(self) -> int:
         """Bytes that are held now: tables, keys and values, parked sequences."""
-        known = list(self._sequences.values())
-        parked = sum(x.nbytes for s in known if s.parked for row in s.parked.values() for x in row.values())
-        return self._tables.nbytes + parked + sum(layer_bytes(s.cache) for s in known if s.cache is not None)
+        with self._changed:
+            parked = sum(_row_bytes(s.parked) for s in self._sequences.values() if s.parked)
+            caches = [s.cache for s in self._sequences.values()] + [b.cache for b in self._blocks]
+        one_each = {id(cache): cache for cache in caches if cache is not None}
+        return self._tables.nbytes + parked + sum(map(layer_bytes, one_each.values()))
 
     def where(self, name: str) -> str:
         """``"slot"``, ``"parked"`` or ``"disk"``.
@@ -152,10 +156,12 @@ class Pool:
         members = self._lend(names, wait)
         try:
             session = self._session(members)
+            self._blocks.append(session)
             try:
                 yield session
             finally:
                 self._take_back(members, session)
+                self._blocks.remove(session)
         finally:
             with self._changed:
                 for member in members:
@@ -170,11 +176,7 @@ class Pool:
             PoolFullError: no slot can be had.
         """
         self._known(name)
-        if branch in self:
-            raise PoolError(
-                f"{branch!r} exists already: pool.close({branch!r}) first, or choose another name"
-            )
-        source, target = self._lend((name, branch), 0.0)
+        source, target = self._lend((name, branch), 0.0, new=branch)
         try:
             with self._root.lock:
                 for site in self._tables.sites.values():
@@ -182,6 +184,7 @@ class Pool:
                         table[target.row] = table[source.row]
                     site.rows[target.row, CACHED] = 0
             target.cache, target.lost = fork_cache(source.cache), source.lost
+            target.owner = source.owner
         finally:
             with self._changed:
                 source.lent = target.lent = False
@@ -227,8 +230,8 @@ class Pool:
         assert self.disk is not None
         return self.disk / f"{name}{SUFFIX}"
 
-    def _lend(self, names: tuple[str, ...], wait: float | None) -> list[_Sequence]:
-        """Every named sequence in a slot, and marked as lent; all or none."""
+    def _lend(self, names: tuple[str, ...], wait: float | None, *, new: str | None = None) -> list[_Sequence]:
+        """Every named sequence in a slot, and marked as lent; all or none. ``new`` must not exist yet."""
         self._check_names(names)
         with self._changed:
             if not self._changed.wait_for(lambda: self._can_lend(names), wait):
@@ -239,6 +242,8 @@ class Pool:
                     f"{len(names)} sequences need slots and {self.capacity} slots are lent to others; pass "
                     "wait= to wait, or build the pool with more sequences="
                 )
+            if new is not None and new in self:
+                raise PoolError(f"{new!r} exists already: pool.close({new!r}) first, or choose another name")
             made = [n for n in names if n not in self]
             for name in made:
                 cache = None if self._root.make_cache is None else self._root.make_cache()
@@ -293,6 +298,7 @@ class Pool:
             rows = sequence.parked or {}
             if loaded is not None:
                 state, sequence.cache = loaded
+                sequence.owner = self._root.owner()
                 rows = {s.key: export_row(state, s.key, 0) for s in self._root.specs}
             for spec in self._root.specs:
                 if spec.key in rows:
@@ -309,11 +315,19 @@ class Pool:
 
     def _park(self, sequence: _Sequence) -> None:
         """Take the slot of an idle sequence; it waits in memory, or on disk."""
-        rows = self._rows(sequence)
-        size = sum(x.nbytes for row in rows.values() for x in row.values())
-        if self._parked_bytes() + size <= self.parked_memory:
+        if sequence.lost is not None:
+            # There is nothing to keep but that it is lost.
             self._vacate(sequence)
-            sequence.parked = {k: {n: x.clone() for n, x in row.items()} for k, row in rows.items()}
+            sequence.cache, sequence.parked = None, {}
+            return
+        size = _row_bytes(self._rows(sequence)) + layer_bytes(sequence.cache)
+        if self._parked_bytes() + size <= self.parked_memory:
+            # One lock for both: once the row is free, a call in another thread may write into its slot.
+            with self._root.lock:
+                rows = self._rows(sequence)
+                kept = {k: {n: x.clone() for n, x in row.items()} for k, row in rows.items()}
+                self._vacate(sequence)
+            sequence.parked = kept
             return
         if self.disk is None:
             raise PoolFullError(
@@ -326,8 +340,8 @@ class Pool:
         sequence.cache, sequence.on_disk = None, True
 
     def _parked_bytes(self) -> int:
-        parked = (s.parked for s in self._sequences.values() if s.parked)
-        return sum(x.nbytes for rows in parked for row in rows.values() for x in row.values())
+        parked = [s for s in self._sequences.values() if s.parked]
+        return sum(_row_bytes(s.parked) + layer_bytes(s.cache) for s in parked)
 
     def _rows(self, sequence: _Sequence) -> dict[str, Row]:
         """A sequence's fast weights, as views while it has a slot."""
@@ -359,6 +373,11 @@ class Pool:
             loaded = Session.load(self.model, self._path(sequence.name))
         except SnapshotError as e:
             raise PoolError(f"{sequence.name!r} cannot be read back: {e}. Type pool.close(name)") from e
+        if loaded.batch_size != 1:
+            raise PoolError(
+                f"{sequence.name!r} was saved with {loaded.batch_size} sequences, a pool keeps one per name: "
+                "open it with ttt.Session.load, or type pool.close(name), which deletes the file"
+            )
         if loaded.state.revocable > self._tables.revocable:
             raise PoolError(
                 f"{sequence.name!r} was saved with {loaded.state.revocable} revocable tokens: build the pool "
@@ -367,26 +386,43 @@ class Pool:
         return loaded.state, loaded.cache
 
     def _session(self, members: list[_Sequence]) -> PooledSession:
+        owner = self._root.owner()
         for member in members:
             if member.lost is not None:
                 raise PoolError(f"{member.name!r} cannot go on: {member.lost}. Type pool.close(name)")
+            if member.owner not in (None, owner):
+                raise PoolError(
+                    f"{member.name!r} cannot go on: the model's slow weights were trained or loaded since it "
+                    "was read. Put them back, or type pool.close(name)"
+                )
         rows = torch.tensor([m.row for m in members], device=self._tables.device)
-        state = PooledState(self._tables, rows, self._root.owner(), self.context)
+        state = PooledState(self._tables, rows, owner, self.context)
         cache, padding = None, [0] * len(members)
         if self._root.make_cache is not None:
-            cache, padding = joined([m.cache for m in members], self._root.make_cache)
+            if len(members) > 1:
+                # A refusal must come before anything is moved.
+                for member in members:
+                    plain_layers(member.cache)
+            with _losing(members):
+                cache, padding = joined([m.cache for m in members], self._root.make_cache)
+            if len(members) > 1:
+                # Their keys and values have moved into the batch's.
+                for member in members:
+                    member.cache = None
             attach_state(cache, state)
         return PooledSession(self.model, self._root, state, cache, [m.name for m in members], padding)
 
     def _take_back(self, members: list[_Sequence], session: PooledSession) -> None:
         state = session.state
         assert isinstance(state, PooledState)
-        for member in members:
+        for member, seen in zip(members, state.tokens_seen, strict=True):
             member.lost = state.lost
+            member.owner = state.owner if seen else None
         if session.cache is not None and self._root.make_cache is not None:
-            caches = split(session.cache, session.padding, self._root.make_cache)
-            for member, cache in zip(members, caches, strict=True):
-                member.cache = cache
+            with _losing(members):
+                caches = split(session.cache, session.padding, self._root.make_cache)
+                for member, cache in zip(members, caches, strict=True):
+                    member.cache = cache
         state.lost = "the pool has taken its slots back; lend it again: with pool.use(name) as session"
 
 
@@ -425,13 +461,12 @@ class PooledState(FastWeightState):
         return other
 
     def select(self, rows: Tensor) -> None:
-        """Only an order of the same sequences: others would need slots of the pool."""
-        if sorted(rows.tolist()) != list(range(self.batch_size)):
+        """Nothing but the order that is: names belong to rows, and others would need slots of the pool."""
+        if rows.tolist() != list(range(self.batch_size)):
             raise CacheError(
-                "beams and repeated sequences need rows of their own, which a pool does not lend: generate "
-                "on session.fork(), which leaves the pool"
+                "beams, repeated and reordered sequences need rows of their own, which a pool does not lend: "
+                "generate on session.fork(), which leaves the pool"
             )
-        self.batch = self.batch[rows.to(self.device)]
 
     def keep_revocable(self, tokens: int) -> None:
         """Raise unless the pool was built for it."""
@@ -462,6 +497,11 @@ class PooledSession(Session):
         self.model, self._root, self._state, self.cache = model, root, state, cache
         self.names, self.padding = names, padding
 
+    def reset(self) -> None:
+        """As :meth:`Session.reset`; nothing stands in front of any sequence any more."""
+        super().reset()
+        self.padding = [0] * len(self.padding)
+
     def attention_mask(self, new_tokens: int) -> Tensor:
         """int64 ``[B, cached + new_tokens]``: 0 where the cache is empty in front of a sequence."""
         width = (0 if self.cache is None else int(self.cache.get_seq_length())) + new_tokens
@@ -484,6 +524,21 @@ class PooledSession(Session):
         if any(self.padding):
             raise CacheError("sequences of different lengths are evicted one at a time: pool.use(name)")
         super().evict(keep, sink)
+
+
+@contextlib.contextmanager
+def _losing(members: list[_Sequence]) -> Iterator[None]:
+    """Around what moves keys and values: sequences for which it fails half-way are lost."""
+    try:
+        yield
+    except BaseException as e:
+        for member in members:
+            member.lost = member.lost or f"its keys and values could not be moved ({type(e).__name__}: {e})"
+        raise
+
+
+def _row_bytes(rows: dict[str, Row] | None) -> int:
+    return sum(x.nbytes for row in (rows or {}).values() for x in row.values())
 
 
 def _own_context(model: nn.Module) -> int | None:

@@ -77,8 +77,10 @@ class FastWeightState:
             revocable: R, the number of last tokens that can be taken back across a chunk's end.
             shared_lanes: whether rows may share entries of a tail from the start (pools, beams).
         """
-        sites = {s.key: _zeros(s, batch, dtype, device, revocable, shared_lanes) for s in specs}
-        return cls(specs, sites, torch.arange(batch, device=device), owner)
+        # Tensors made under inference mode could not be written by a later call outside of it.
+        with torch.inference_mode(False):
+            sites = {s.key: _zeros(s, batch, dtype, device, revocable, shared_lanes) for s in specs}
+            return cls(specs, sites, torch.arange(batch, device=device), owner)
 
     @property
     def signature(self) -> tuple[str, ...]:
@@ -127,8 +129,9 @@ class FastWeightState:
 
     def clone(self) -> FastWeightState:
         """An independent copy, bit for bit, that shares memory with this one until either runs."""
-        sites = {k: s._replace(rows=s.rows.clone(), norms=s.norms.clone()) for k, s in self.sites.items()}
-        other = FastWeightState(self.specs, sites, self.batch.clone(), self.owner)
+        with torch.inference_mode(False):
+            sites = {k: s._replace(rows=s.rows.clone(), norms=s.norms.clone()) for k, s in self.sites.items()}
+            other = FastWeightState(self.specs, sites, self.batch.clone(), self.owner)
         other.lost = self.lost
         other._sharers = self._sharers
         self._sharers.add(other)
@@ -140,27 +143,34 @@ class FastWeightState:
     def own(self) -> None:
         """Before the state is written: have memory of its own, a copy where a fork shares it."""
         if len(self._sharers) > 1:
+            with torch.inference_mode(False):
+                self.sites = {
+                    k: s._replace(**{n: getattr(s, n).clone() for n in _HEAVY}) for k, s in self.sites.items()
+                }
+            # Only now: a fork that runs in another thread must not take what is being copied for its own.
             self._sharers.discard(self)
-            self.sites = {
-                k: s._replace(**{n: getattr(s, n).clone() for n in _HEAVY}) for k, s in self.sites.items()
-            }
             self._sharers = weakref.WeakSet([self])
 
     def admit(self, cached: int, tokens: int) -> None:
         """Raise before a call of ``tokens`` more tokens that this state has no room for; a pool's may."""
 
     def select(self, rows: Tensor) -> None:
-        """Sequence i becomes sequence ``rows[i]`` (int64 ``[B']``): beam reorder, batch selection.
+        """Sequence i becomes sequence ``rows[i]``: beam reorder, batch selection.
 
         Integers move, matrices do not: several sequences may read one until they write.
+
+        Args:
+            rows: int64 ``[B']``, or a mask ``[B]`` of sequences that stay.
         """
         rows = rows.to(self.device)
+        rows = rows.nonzero().flatten() if rows.dtype == torch.bool else rows
         if torch.equal(rows, torch.arange(self.batch_size, device=self.device)):
             return
-        chosen = self.batch[rows]
-        for spec in self.specs:
-            self.sites[spec.key] = _selected(self.sites[spec.key], chosen)
-        self.batch = torch.arange(len(rows), device=self.device)
+        with torch.inference_mode(False):
+            chosen = self.batch[rows.clone()]
+            for spec in self.specs:
+                self.sites[spec.key] = _selected(self.sites[spec.key], chosen)
+            self.batch = torch.arange(len(rows), device=self.device)
 
     def repeat_interleave(self, repeats: int) -> None:
         """Every sequence becomes ``repeats`` sequences."""
@@ -211,8 +221,9 @@ class FastWeightState:
         if tokens <= self.revocable:
             return
         self.own()
-        for spec in self.specs:
-            self.sites[spec.key] = _with_tail(self.sites[spec.key], spec, tokens)
+        with torch.inference_mode(False):
+            for spec in self.specs:
+                self.sites[spec.key] = _with_tail(self.sites[spec.key], spec, tokens)
 
     def matrix(self, key: str, sequence: int, w0: Tensor) -> Tensor:
         """W ``[D, F]`` of a sequence in the state's dtype, a new tensor; ``w0 [D, F]`` is its slow weight."""
