@@ -97,7 +97,12 @@ def _fast_weight_step(
     batch: Tensor,
 ) -> Tensor:
     state = StateTensors(w, tail_h, tail_t, tail_v, lanes, rows, norms)
-    return cpu_step.fast_weight_step(h, t, w0, bias, conv, proj, pos, _decoded(spec), state, batch)
+    if h.device.type == "cpu":
+        step = cpu_step.fast_weight_step
+    else:
+        # Not at the top: it needs triton.
+        from ttt_compiler.codegen.gpu.step import fast_weight_step as step
+    return step(h, t, w0, bias, conv, proj, pos, _decoded(spec), state, batch)
 
 
 _decoded = functools.lru_cache(maxsize=4096)(SiteSpec.decode)
@@ -111,6 +116,7 @@ _lib.impl("limit_writes_backward", cpu_controls.limit_writes_backward, "CPU")
 _lib.impl("chunk_scan", cpu_scan.chunk_scan, "CPU")
 _lib.impl("chunk_scan_backward", cpu_scan.chunk_scan_backward, "CPU")
 _lib.impl("fast_weight_step", _fast_weight_step, "CPU")
+_lib.impl("fast_weight_step", _fast_weight_step, "CUDA")
 
 
 def require_cpu(device: torch.device, where: str) -> None:
