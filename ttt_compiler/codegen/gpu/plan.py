@@ -19,7 +19,7 @@ from ttt_compiler.codegen.layout import DONE, FACTORED, SEEN, WRITES, StateTenso
 
 @dataclass(frozen=True)
 class Plan:
-    """Per row b of the batch, place s of its layout, complete chunk n of its layout, and column a of the ring.
+    """Per row b of the batch: place s and complete chunk n of its layout, column a of the ring.
 
     Attributes:
         padding: bool ``[B, T]``.

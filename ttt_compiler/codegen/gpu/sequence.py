@@ -192,9 +192,9 @@ def _outputs(
     broken = ~square.gather(1, plan.place_of).isfinite()
     y = torch.where(broken[:, :, None], float("nan"), y)
     flat = h.reshape(-1, h.shape[2])
-    small = h.device.type == "cpu"
-    tile = {"tokens": 16, "outer": 32, "inner": 32} if small else {"tokens": 64, "outer": 64, "inner": 64}
-    base = base_apply(flat, w0, plan.padding.flatten(), shares=1, **tile)[0].view_as(y)
+    block = 32 if h.device.type == "cpu" else 64
+    need = plan.padding.flatten()
+    base = base_apply(flat, w0, need, tokens=block, outer=block, inner=block, shares=1)[0].view_as(y)
     y = torch.where(plan.padding[:, :, None], base, y)
     if bias is not None:
         y = y + bias

@@ -73,7 +73,8 @@ def gather_tokens(tail: Tensor, x: Tensor, place: Tensor, *, clean: bool) -> tup
     Args:
         tail: ``[L, A, X]``, contiguous.
         x: ``[B, T, X]``, the last dimension contiguous; the result has its dtype.
-        place: int64 ``[B, S]``, contiguous: below T a token of x, from T on ``T + lane * A + column``, -1 for zeros.
+        place: int64 ``[B, S]``, contiguous: below T a token of x, from T on ``T + lane * A + column``; -1 for
+            zeros.
         clean: whether a token with NaN or Inf becomes zeros, so that products with zero stay zero.
 
     Returns:

@@ -150,9 +150,9 @@ def write_chunks(
         base: ``[O, I]`` of any strides.
         keys: hidden rows.
         v: ``[B, M, O]``, contiguous, of the operands' dtype.
-        staged: of :func:`~ttt_compiler.codegen.kernels.own_slot.own_slot`, or None when no row is factored.
-        jobs: int64 ``[B, 8]``: MEMBER, the row of the keys; K_START, its first due token; CHUNKS, how many are
-            due; SOURCE, the slot to start from, or -1 for the base; TARGET, the slot to store, or -1 for
+        staged: of :func:`~ttt_compiler.codegen.kernels.own_slot.own_slot`, or None without factored rows.
+        jobs: int64 ``[B, 8]``: MEMBER, the row of the keys; K_START, its first due token; CHUNKS, how many
+            are due; SOURCE, the slot to start from, or -1 for the base; TARGET, the slot to store, or -1 for
             nothing; FOLDED, staged tokens to add first; WRITTEN, 0 when the due chunks only decay; V_START,
             where v of the first due token stands.
         chunk: C.
