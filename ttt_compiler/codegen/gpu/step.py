@@ -21,7 +21,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ttt_compiler.codegen.gpu.decode import decode_step
 from ttt_compiler.codegen.gpu.sequence import sequence_step
+from ttt_compiler.codegen.kernels.decode_plan import MOST_ROWS
 from ttt_compiler.codegen.layout import SKIPPED, StateTensors
 from ttt_compiler.errors import NonFiniteWriteError, UnsupportedDeviceError
 from ttt_compiler.spec import SiteSpec
@@ -68,7 +70,8 @@ def fast_weight_step(
         )
     if h.numel() == 0:
         return h.new_empty(h.shape[0], h.shape[1], w0.shape[0])
-    return sequence_step(h.contiguous(), t.contiguous(), w0, bias, conv, proj, pos, spec, state, batch)
+    run = decode_step if h.shape[1] == 1 and len(state.rows) <= MOST_ROWS else sequence_step
+    return run(h.contiguous(), t.contiguous(), w0, bias, conv, proj, pos, spec, state, batch)
 
 
 def check_written(spec: SiteSpec, state: StateTensors) -> None:
