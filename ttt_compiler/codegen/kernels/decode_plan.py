@@ -210,8 +210,8 @@ def decode_plan(
         decays: whether gamma is not 1.
 
     Returns:
-        The plan ``[B, 14]``; jobs of ``own_slot`` and of ``write_chunks``, but for WRITTEN; and ``[B, 1]`` each,
-        token and entry of ``append_tail``.
+        The plan ``[B, 14]``; jobs of ``own_slot`` and of ``write_chunks``, but for WRITTEN; and ``[B, 1]``
+        each, token and entry of ``append_tail``.
     """
     count, size = len(batch), len(state.rows)
     new = [torch.empty(count, n, dtype=torch.int64, device=batch.device) for n in (COLUMNS, 4, 8, 1, 1)]

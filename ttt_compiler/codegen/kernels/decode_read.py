@@ -154,8 +154,9 @@ def combine_kernel(
     member = tl.load(out + 12)
     for c in range(waiting):
         place = (done + c) % PLACES
-        for t0 in range(0, CHUNK, BT):
-            r = t0 + tl.arange(0, BT)
+        # A name of its own: the loop above counts in 64 bits.
+        for t1 in range(0, CHUNK, BT):
+            r = t1 + tl.arange(0, BT)
             x = tl.load(scores + i_b * N + ROOM + c * CHUNK + r, mask=r < CHUNK, other=0.0)
             at = ((member * PLACES + place) * CHUNK + r)[:, None] * D + o64[None, :]
             u = tl.load(tail_v + at, mask=(r < CHUNK)[:, None] & m_o[None, :], other=0.0).to(tl.float32)

@@ -1,6 +1,6 @@
 """v of chunks that one token makes due, or that wait without it: computed on the device when there is any.
 
-Four launches whose programs exit at once when no row has such a chunk: v = conv(t) @ P; norms of its rows; the
+Launches whose programs exit at once when no row has such a chunk: v = conv(t) @ P; norms of its rows; the
 norm of the write, under a limit; and the scaling that the update controls ask for. Which chunks they are
 follows from the plan, so nothing is asked on the host. May be changed here: the schedule; what v is, is
 :func:`ttt_compiler.codegen.reference.increment`.
@@ -259,10 +259,11 @@ def control_kernel(
     verdict,
     write_jobs,
     D,
+    MAX_NORM,
+    MAX_RATIO,
     UNIT: tl.constexpr,
     LIMITED: tl.constexpr,
-    MAX_NORM: tl.constexpr,
-    MAX_RATIO: tl.constexpr,
+    RELATIVE: tl.constexpr,
     TINY: tl.constexpr,
     CACHE: tl.constexpr,
     PLACES: tl.constexpr,
@@ -291,13 +292,13 @@ def control_kernel(
     finite = (sum_v < float("inf")) & (sum_h < float("inf"))
     norm = tl.sqrt(sum_v) * tl.sqrt(sum_h)
     clipped = norm < 0.0
-    factor = norm * 0.0 + 1.0
+    factor = tl.where(clipped, norm, 1.0)
     if LIMITED:
         i = tl.arange(0, GP)
         shares = tl.load(gram + i_n.to(tl.int64) * TILES * TILES + i, mask=i < TILES * TILES, other=0.0)
         norm = tl.sqrt(tl.maximum(tl.sum(shares, 0), 0.0))
-        limit = norm * 0.0 + MAX_NORM
-        if MAX_RATIO >= 0.0:
+        limit = tl.cast(MAX_NORM, tl.float32)
+        if RELATIVE:
             i = tl.arange(0, SP)
             of_base = tl.load(base_squares + i, mask=i < SHARES, other=0.0)
             limit = tl.minimum(limit, MAX_RATIO * tl.sqrt(tl.sum(of_base, 0)))
@@ -451,10 +452,11 @@ def decode_values(
         verdict,
         write_jobs,
         d,
+        float("inf") if rule.max_norm is None else rule.max_norm,
+        0.0 if rule.max_ratio is None else rule.max_ratio,
         UNIT=rule.keys == "unit",
         LIMITED=rule.limited,
-        MAX_NORM=float("inf") if rule.max_norm is None else rule.max_norm,
-        MAX_RATIO=-1.0 if rule.max_ratio is None else rule.max_ratio,
+        RELATIVE=rule.max_ratio is not None,
         TINY=tiny,
         TILES=rows,
         SHARES=blocks.programs,

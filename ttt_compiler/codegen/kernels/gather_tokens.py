@@ -38,19 +38,19 @@ def gather_tokens_kernel(
     r = tl.arange(0, BLOCK)
     to = out + item * X
     if at >= 0:
-        # Places below T are tokens of the call, the others entries of the ring.
-        if at < T:
-            source = x + i_b.to(tl.int64) * stride_xb + at * stride_xt
-        else:
-            source = tail + (at - T) * X
+        # Places below T are tokens of the call, the others entries of the ring, which may be of another dtype.
+        is_new = at < T
+        p_new = x + i_b.to(tl.int64) * stride_xb + at * stride_xt
+        p_old = tail + (at - T) * X
         total = tl.zeros((BLOCK,), dtype=tl.float32)
         for start in range(0, X, BLOCK):
             m = start + r < X
-            row = tl.load(source + start + r, mask=m, other=0.0)
-            tl.store(to + start + r, row.to(out.dtype.element_ty), mask=m)
+            new = tl.load(p_new + start + r, mask=m & is_new, other=0.0).to(out.dtype.element_ty)
+            old = tl.load(p_old + start + r, mask=m & (at >= T), other=0.0).to(out.dtype.element_ty)
+            row = tl.where(is_new, new, old)
+            tl.store(to + start + r, row, mask=m)
             if CLEAN:
-                wide = row.to(out.dtype.element_ty).to(tl.float32)
-                total += wide * wide
+                total += row.to(tl.float32) * row.to(tl.float32)
         if CLEAN:
             norm = tl.sum(total, 0)
             tl.store(square + item, norm)

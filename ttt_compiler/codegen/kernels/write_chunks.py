@@ -94,22 +94,23 @@ def write_chunks_kernel(
                 anchor = tl.load(p_base, mask=m_w, other=0.0).to(tl.float32)
                 acc = anchor + DECAY * (acc - anchor)
             if written != 0:
-                for t0 in range(0, CHUNK, BM):
-                    m_m = t0 + r_m < CHUNK
-                    token = (c * CHUNK + t0 + r_m).to(tl.int64)
+                # A name of its own: the loop above counts in 64 bits.
+                for t1 in range(0, CHUNK, BM):
+                    in_chunk = t1 + r_m < CHUNK
+                    token = (c * CHUNK + t1 + r_m).to(tl.int64)
                     column = (k_start + token) % A
                     if HAS_LANES:
-                        lane = tl.load(lanes + member * A + column, mask=m_m, other=0).to(tl.int64)
+                        lane = tl.load(lanes + member * A + column, mask=in_chunk, other=0).to(tl.int64)
                     else:
                         lane = member + tl.zeros((BM,), dtype=tl.int64)
                     u = tl.load(
                         v + (i_b * M + v_start + token[:, None]) * O + o64[None, :],
-                        mask=m_m[:, None] & m_o[None, :],
+                        mask=in_chunk[:, None] & m_o[None, :],
                         other=0.0,
                     )
                     x = tl.load(
                         k + (lane * A + column)[:, None] * I + i64[None, :],
-                        mask=m_m[:, None] & m_i[None, :],
+                        mask=in_chunk[:, None] & m_i[None, :],
                         other=0.0,
                     )
                     acc = tl.dot(tl.trans(u), x.to(u.dtype), acc, input_precision=PRECISION)
