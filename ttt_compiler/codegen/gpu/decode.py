@@ -57,7 +57,7 @@ def decode_step(
 
     small = h.device.type == "cpu"
     programs = programs_per_row(h)
-    blocks = Blocks(16, 16, 32, programs) if small else Blocks(64, 64, 64, programs)
+    blocks = Blocks(16, 32, 32, programs) if small else Blocks(64, 64, 64, programs)
     conv = conv.contiguous()
 
     def values(v: Tensor, *, cache: bool) -> Tensor:
@@ -90,7 +90,7 @@ def _read(
     small: bool,
 ) -> Tensor:
     tokens = max(16, min(64, 1 << (len(h) - 1).bit_length()))
-    outer, inner = (16, 32) if small else (16, 256)
+    outer, inner = (16, 64) if small else (16, 256)
     # A narrow output alone would leave most of the device idle.
     shares = 2 if small else max(1, 264 * outer // w0.shape[0])
     need = plan[:, NEED_BASE].contiguous()

@@ -39,14 +39,14 @@ def gather_tokens_kernel(
     to = out + item * X
     if at >= 0:
         # Places below T are tokens of the call, the others entries of the ring, which may be of another dtype.
-        is_new = at < T
+        is_new = at + tl.zeros((BLOCK,), dtype=tl.int64) < T
         p_new = x + i_b.to(tl.int64) * stride_xb + at * stride_xt
         p_old = tail + (at - T) * X
         total = tl.zeros((BLOCK,), dtype=tl.float32)
         for start in range(0, X, BLOCK):
             m = start + r < X
             new = tl.load(p_new + start + r, mask=m & is_new, other=0.0).to(out.dtype.element_ty)
-            old = tl.load(p_old + start + r, mask=m & (at >= T), other=0.0).to(out.dtype.element_ty)
+            old = tl.load(p_old + start + r, mask=m & (is_new == 0), other=0.0).to(out.dtype.element_ty)
             row = tl.where(is_new, new, old)
             tl.store(to + start + r, row, mask=m)
             if CLEAN:
