@@ -67,10 +67,6 @@ def outputs_agree(name, given, ours, theirs):
     return ours is None or close(ours, theirs)
 
 
-# What differs where nobody looks: v of chunks that there are not.
-UNSEEN = {"decode_values": "v"}
-
-
 @pytest.fixture
 def checked(monkeypatch):
     """Every launcher is run beside its reference; the set of those that ran."""

@@ -262,19 +262,27 @@ def decode_read(
 
 
 def naive_decode_read(
-    h: Tensor, w0: Tensor, bias: Tensor | None, state: StateTensors, plan: Tensor, chunk: int, *, decay: float
+    h: Tensor,
+    base: Tensor,
+    bias: Tensor | None,
+    state: StateTensors,
+    plan: Tensor,
+    chunk: int,
+    *,
+    decay: float,
 ) -> Tensor:
     """What the kernels compute, row by row, in fp64."""
     out = []
     for b, row in enumerate(plan.tolist()):
-        x, base = h[b].double(), w0.double() @ h[b].double()
-        y = base
+        x, of_base = h[b].double(), base.double().sum(0)[b]
+        y = of_base
         if row[READ] >= 0:
             y = state.w[row[READ]].to(h.dtype).double() @ x
         elif row[FOLDED]:
             keys, values = factored_rows(state.w[row[FROM]], state.tail_h.dtype, row[FOLDED])
-            y = base + (keys.double() @ x) @ values.double()
-        y = base + decay ** row[WAITING] * (y - base)
+            y = of_base + (keys.double() @ x) @ values.double()
+        if decay != 1.0 and row[WAITING]:
+            y = of_base + decay ** row[WAITING] * (y - of_base)
         for c in range(row[WAITING]):
             first = row[WAIT_FIRST] + c * chunk
             columns = torch.arange(first, first + chunk) % state.capacity

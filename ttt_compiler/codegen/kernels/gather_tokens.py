@@ -38,7 +38,7 @@ def gather_tokens_kernel(
     r = tl.arange(0, BLOCK)
     to = out + item * X
     if at >= 0:
-        # Places below T are tokens of the call, the others entries of the ring, which may be of another dtype.
+        # Below T are tokens of the call, behind them entries of the ring, which may have another dtype.
         is_new = at + tl.zeros((BLOCK,), dtype=tl.int64) < T
         p_new = x + i_b.to(tl.int64) * stride_xb + at * stride_xt
         p_old = tail + (at - T) * X
