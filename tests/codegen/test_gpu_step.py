@@ -71,7 +71,7 @@ def positions(kind, batch, length, g):
     kind=st.sampled_from(["none", "documents", "padding", "everything"]),
     data=st.data(),
 )
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=14, deadline=None)
 def test_any_history_is_that_of_the_cpu(seed, chunk, revocable, rule, shared, kind, data):
     """Lengths around every border, forks and permutations, rows at different places of their chunks."""
     g = torch.Generator().manual_seed(seed)
@@ -99,7 +99,7 @@ def test_any_history_is_that_of_the_cpu(seed, chunk, revocable, rule, shared, ki
 
 
 @given(st.integers(0, 10**6), st.sampled_from([0, 4]))
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=4, deadline=None)
 def test_some_rows_of_a_pool(seed, revocable):
     """The batch is a part of the tables, in any order; rows outside of it are read by nobody else."""
     g = torch.Generator().manual_seed(seed)
@@ -170,7 +170,7 @@ def test_factored_rows_of_the_cpu_go_on(first):
 
 @pytest.mark.parametrize("where", ["h", "t"])
 @pytest.mark.parametrize("revocable", [0, 3])
-@pytest.mark.parametrize("size", [1, 3, 12])
+@pytest.mark.parametrize("size", [1, 3])
 def test_nonfinite_chunks_are_skipped_and_counted(where, revocable, size):
     one = spec(4, WriteRule(on_nonfinite="skip", decay=0.8))
     args = problem(3, 12, torch.float32)

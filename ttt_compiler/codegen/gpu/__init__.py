@@ -3,7 +3,6 @@
 - :mod:`.step`: the door: what can run, and which of the two paths.
 - :mod:`.sequence`: calls of several tokens (prefill, chunked prefill, verification of drafts).
 - :mod:`.decode`: calls of one token.
-- :mod:`.tables`: slots and lanes that rows share.
 
 Nothing here reads a value of a tensor on the host, so a call may be captured into a CUDA graph. Importing it
 needs triton.

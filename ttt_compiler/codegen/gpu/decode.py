@@ -1,8 +1,12 @@
 """A call of one token: plan, keep, read, and write when a chunk is full.
 
-Every launch is made in every step; what a step does not need, its programs find out from the plan and exit.
-Bytes of a step: W of every row with a matrix of its own, 4 D F in fp32; W0 once for all other rows, and their
-factored rows. May be changed here: the order of launches, and schedules.
+Every launch is made in every step: 14 with R = 0, three more with R > 0; one or two more per pass over v
+under a limit. What a step does not need, its programs find out from the plan and exit.
+
+Per step, for B rows of which M read a matrix of their own and the others N factored tokens each, with e bytes
+an operand: ``4 M D F`` bytes of W, ``e D F`` of W0 once unless M = B, ``e (B - M) N (D + F)`` of factored
+rows; ``2 M D F + 2 (B - M) (D F + N (D + F))`` FLOPs. W is read in fp32: where operands are bf16 that is
+twice the bytes of a rounded copy. May be changed here: the order of launches, and schedules.
 """
 
 from __future__ import annotations
@@ -13,10 +17,11 @@ from torch import Tensor
 from ttt_compiler.codegen.gpu.schedules import programs_per_row, tile_for
 from ttt_compiler.codegen.kernels.append_tail import append_tail
 from ttt_compiler.codegen.kernels.base_apply import base_apply
+from ttt_compiler.codegen.kernels.decode_controls import Blocks
 from ttt_compiler.codegen.kernels.decode_finish import decode_finish
 from ttt_compiler.codegen.kernels.decode_plan import NEED_BASE, decode_plan
 from ttt_compiler.codegen.kernels.decode_read import decode_read
-from ttt_compiler.codegen.kernels.decode_values import Blocks, decode_values
+from ttt_compiler.codegen.kernels.decode_values import decode_values
 from ttt_compiler.codegen.kernels.factor_rows import factor_rows
 from ttt_compiler.codegen.kernels.own_slot import own_slot
 from ttt_compiler.codegen.kernels.write_chunks import Keys, write_chunks
@@ -65,9 +70,11 @@ def decode_step(
 
     if state.capacity > chunk:
         values(state.tail_v, cache=True)
-    y = _read(h[:, 0], w0, bias, state, plan, chunk, rule.decay, small=small)
     if spec.lr == 0.0:
+        # The base model's own projection, bit for bit. Nothing was or will be written.
         y = torch.nn.functional.linear(h[:, 0], w0, bias)
+    else:
+        y = _read(h[:, 0], w0, bias, state, plan, chunk, rule.decay, small=small)
     v = h.new_empty(count, chunk, spec.d_model)
     verdict = values(v, cache=False)
     staged = own_slot(state.w, state.tail_h.dtype, slot_jobs, programs)

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from ttt_compiler.codegen.gpu.plan import Plan, plan_sequence
 from ttt_compiler.codegen.gpu.schedules import programs_per_row, tile_for
-from ttt_compiler.codegen.gpu.tables import take_lanes, take_slots
 from ttt_compiler.codegen.gpu.values import Values, chunk_values
 from ttt_compiler.codegen.kernels.append_tail import append_tail
 from ttt_compiler.codegen.kernels.base_apply import base_apply
 from ttt_compiler.codegen.kernels.chunk_scan import Carried, chunk_scan_partial
 from ttt_compiler.codegen.kernels.gather_tokens import gather_tokens
 from ttt_compiler.codegen.kernels.own_slot import MOVE, STAGE, STAY, own_slot
+from ttt_compiler.codegen.kernels.row_tables import take_lanes, take_slots
 from ttt_compiler.codegen.kernels.write_chunks import Keys, write_chunks
 from ttt_compiler.codegen.layout import (
     CACHED,

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ttt_compiler.codegen.kernels import decode_controls as verdict_of
 from ttt_compiler.codegen.kernels import decode_plan as plan_of
-from ttt_compiler.codegen.kernels import decode_values as verdict_of
 from ttt_compiler.codegen.layout import (
     CACHED,
     CLIPPED,

@@ -2,7 +2,7 @@
 
 A program reads the counters of all rows and writes its own row's plan beside them, so programs need not wait
 for one another; the counters change at the end of the step (:mod:`.decode_finish`). Slots and lanes are
-chosen by the rules of :mod:`ttt_compiler.codegen.gpu.tables`. May be changed here: the columns of the plan,
+chosen by the rules of :mod:`ttt_compiler.codegen.kernels.row_tables`. May be changed here: the columns of the plan,
 together with the kernels that read it.
 """
 
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ttt_compiler.codegen.gpu.tables import take_lanes, take_slots
+from ttt_compiler.codegen.kernels.row_tables import take_lanes, take_slots
 from ttt_compiler.codegen.kernels.own_slot import MOVE, STAGE, STAY
 from ttt_compiler.codegen.layout import CACHED, DONE, FACTORED, SEEN, SLOT, WRITES, StateTensors
 
@@ -93,7 +93,7 @@ def decode_plan_kernel(
     due = active & (seen + 1 - (done + 1) * CHUNK >= A - CHUNK)
     writer = due & (frozen == 0)
 
-    # Slots: see tables.take_slots.
+    # Slots: see row_tables.take_slots.
     reader = in_l & (writes > 0) & (writer == 0)
     same = slot[:, None] == slot[None, :]
     beaten = same & (reader | (writer[None, :] & (r[None, :] > r[:, None])))
@@ -165,7 +165,7 @@ def decode_plan_kernel(
     tl.store(out + 5, folded)
     tl.store(out + 7, tl.cast(0, tl.int64))
 
-    # The ring: see tables.take_lanes. A row's own entry of the column is not alive.
+    # The ring: see row_tables.take_lanes. A row's own entry of the column is not alive.
     column = s % A
     lane = me
     if HAS_LANES:
