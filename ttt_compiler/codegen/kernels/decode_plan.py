@@ -2,8 +2,8 @@
 
 A program reads the counters of all rows and writes its own row's plan beside them, so programs need not wait
 for one another; the counters change at the end of the step (:mod:`.decode_finish`). Slots and lanes are
-chosen by the rules of :mod:`ttt_compiler.codegen.kernels.row_tables`. May be changed here: the columns of the plan,
-together with the kernels that read it.
+chosen by the rules of :mod:`.row_tables`. May be changed here: the columns of the plan, together with the
+kernels that read it.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ttt_compiler.codegen.kernels.row_tables import take_lanes, take_slots
 from ttt_compiler.codegen.kernels.own_slot import MOVE, STAGE, STAY
+from ttt_compiler.codegen.kernels.row_tables import take_lanes, take_slots
 from ttt_compiler.codegen.layout import CACHED, DONE, FACTORED, SEEN, SLOT, WRITES, StateTensors
 
 # Columns of the plan, int64. What applies the token:
