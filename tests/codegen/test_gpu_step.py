@@ -125,6 +125,25 @@ def test_some_rows_of_a_pool(seed, revocable):
             site.rows[target, 7] = 0
 
 
+@pytest.mark.parametrize("length", [1, 2])
+@pytest.mark.parametrize("revocable", [0, 4])
+def test_forks_in_the_middle_of_a_chunk(length, revocable):
+    """Every row's own lane, and its own slot, is read by another row when it goes on."""
+    one = spec(5)
+    states = [fresh(one, 3, torch.float32, revocable=revocable) for _ in range(2)]
+    for call, order in enumerate([[1, 0, 1], [1, 0, 0], [2, 2, 1], [1, 2, 0]] * 2):
+        args = problem(3, length, torch.float32, call)
+        args[2:] = problem(3, 1, torch.float32, 99)[2:]
+        # Rows stand at different places: one that is behind writes where one ahead is read.
+        pos = torch.full((3, length), 7)
+        pos[call % 3] = -1
+        y, want = (f(s, one, args, 0, length, pos) for f, s in zip((gpu, feed), states, strict=True))
+        assert relative_error(y, want) < SEGMENTATION
+        same(*states, args[2])
+        for state in states:
+            state.select(torch.tensor(order))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("lengths", [[1] * 14, [5, 1, 1, 7]])
 @pytest.mark.parametrize("revocable", [0, 5])
@@ -149,18 +168,18 @@ def test_decode_is_prefill():
     same(whole, single, args[2])
 
 
-@pytest.mark.parametrize("first", [1, 9])
+@pytest.mark.parametrize("first", [1, 2, 9])
 def test_factored_rows_of_the_cpu_go_on(first):
     """Rows that the CPU left factored, shared by a fork: read, extended, made dense."""
-    one = spec(2)
+    one = spec(4)
     args = problem(3, 30, torch.float32)
     states = [fresh(one, 3, torch.float32) for _ in range(2)]
     for state in states:
-        feed(state, one, args, 0, 6)
+        feed(state, one, args, 0, 8)
         state.select(torch.tensor([0, 0, 2]))
     assert factored_limit(D, F, 3) == 10
-    assert states[0].column(KEY, FACTORED) == [6, 6, 6]
-    start = 6
+    assert states[0].column(KEY, FACTORED) == [8, 8, 8]
+    start = 8
     for size in [first, *[1] * 8, 3]:
         y, want = (f(s, one, args, start, start + size) for f, s in zip((gpu, feed), states, strict=True))
         assert relative_error(y, want) < SEGMENTATION
