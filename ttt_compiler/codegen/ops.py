@@ -121,7 +121,12 @@ def _fast_weight_step(
     batch: Tensor,
 ) -> Tensor:
     state = StateTensors(w, tail_h, tail_t, tail_v, lanes, rows, norms)
-    return cpu_step.fast_weight_step(h, t, w0, bias, conv, proj, pos, _decoded(spec), state, batch)
+    if h.device.type == "cpu":
+        step = cpu_step.fast_weight_step
+    else:
+        # Not at the top: it needs triton.
+        from ttt_compiler.codegen.gpu.step import fast_weight_step as step
+    return step(h, t, w0, bias, conv, proj, pos, _decoded(spec), state, batch)
 
 
 def _chunk_table(pos: Tensor, chunk: int) -> Tensor:
@@ -152,6 +157,7 @@ for _module, _name in (
     ("scan", "chunk_scan_backward"),
 ):
     _lib.impl(_name, _on_gpu(_module, _name), "CUDA")
+_lib.impl("fast_weight_step", _fast_weight_step, "CUDA")
 
 
 def require_kernels(device: torch.device, where: str) -> None:

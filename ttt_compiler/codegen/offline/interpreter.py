@@ -43,3 +43,20 @@ def inductor_on_cpu_tensors() -> Iterator[None]:
 
     with interpreter.triton_on_cpu():
         yield
+
+
+@contextlib.contextmanager
+def gpu_step_on_cpu_tensors() -> Iterator[None]:
+    """``ttt::fast_weight_step`` runs the code of GPUs on CPU tensors too.
+
+    Raises:
+        ConfigError: see :func:`install`.
+    """
+    install()
+    from unittest import mock
+
+    from ttt_compiler.codegen.cpu import step as cpu_step
+    from ttt_compiler.codegen.gpu import step as gpu_step
+
+    with mock.patch.object(cpu_step, "fast_weight_step", gpu_step.fast_weight_step):
+        yield
