@@ -187,6 +187,20 @@ def test_factored_rows_of_the_cpu_go_on(first):
         start += size
 
 
+def test_factored_rows_that_another_row_reads_are_left_alone():
+    one = spec(4)
+    args = problem(3, 12, torch.float32)
+    states = [fresh(one, 3, torch.float32) for _ in range(2)]
+    for f, state in zip((gpu, feed), states, strict=True):
+        feed(state, one, args, 0, 8)
+        state.select(torch.tensor([0, 0, 2]))
+        state.batch = torch.tensor([0])
+        f(state, one, [a[:1] for a in args[:2]] + args[2:], 8, 10)
+        state.batch = torch.arange(3)
+    same(*states, args[2])
+    assert states[0].column(KEY, FACTORED) == [0, 8, 8]
+
+
 @pytest.mark.parametrize("where", ["h", "t"])
 @pytest.mark.parametrize("revocable", [0, 3])
 @pytest.mark.parametrize("size", [1, 3])
