@@ -188,6 +188,8 @@ def decode_values(
         BN=blocks.columns,
         BK=blocks.depth,
         PRECISION=precision,
+        # Products of fp32 take registers for all of their operands.
+        num_warps=8 if v.dtype == torch.float32 else 4,
         **here,
     )
     squares_kernel[(rows, count)](

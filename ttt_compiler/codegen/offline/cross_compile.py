@@ -11,19 +11,26 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-from ttt_compiler.codegen.kernels.tiles import DECAY, GRADIENT, RUNNING, SCAN, SHIPPED
+import torch
+
+from ttt_compiler.codegen.kernels.tiles import DECAY, GRADIENT, RUNNING, SCAN, SHIPPED, shipped
 from ttt_compiler.codegen.offline.targets import TARGETS, Target
-from ttt_compiler.compat import assembler
+from ttt_compiler.compat import assembler, launches
+from ttt_compiler.runtime.state import FastWeightState
+from ttt_compiler.spec import SiteSpec, WriteRule
 
 # Names of operand types as torch and triton spell them, and what tf32 is to fp32.
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
 _BACK = {"REVERSE": True, "HAS_BASE": False, "WRITE_ALL": True}
+_RUN = {"HAS_TABLE": True, "HAS_INIT": True, "HAS_FINAL": True, "HAS_SLOTS": True}
 # The ways in which the scan is used, and the tiles that each may have.
 USES: dict[str, tuple[str, dict[str, Any]]] = {
     "forward": (SCAN, {}),
@@ -35,8 +42,19 @@ USES: dict[str, tuple[str, dict[str, Any]]] = {
     "gradient by S": (GRADIENT, {"SHARED": False, **_BACK}),
     "gradient of v": (GRADIENT, {"HAS_TABLE": True, **_BACK}),
     "gradient of v and W0": (GRADIENT, {"HAS_FINAL": True, **_BACK}),
-    "running": (RUNNING, {"HAS_TABLE": True, "HAS_INIT": True, "HAS_FINAL": True, "HAS_SLOTS": True}),
+    "running": (RUNNING, _RUN),
+    "running, decay": (DECAY, {"DECAY": 0.99, **_RUN}),
 }
+
+
+# Bytes that a kernel without a tile may spill: for those the assembler takes few registers, so that many run
+# at a time, and puts a scalar or two aside once.
+SCALARS = 32
+# Running sequences that between them launch every kernel in every form: rule, R, whether rows may be forks.
+SEQUENCES = (
+    (WriteRule(), 0, False),
+    (WriteRule(keys="unit", max_norm=1.0, decay=0.99), 32, True),
+)
 
 
 @dataclass(frozen=True)
@@ -48,7 +66,7 @@ class Compiled:
         use: key of ``USES``.
         target: name of the architecture.
         dtype: of the operands.
-        tile: tokens x rows of W x columns of W.
+        tile: tokens x rows of W x columns of W; ``"-"`` for kernels that hold none for long.
         warps: of a block.
         stages: of the pipeline.
         registers: of a thread.
@@ -75,11 +93,11 @@ class Compiled:
     def faults(self) -> list[str]:
         """Gates that it does not pass."""
         found = []
-        if self.spilled:
+        if self.spilled > (SCALARS if self.tile == "-" else 0):
             found.append(f"{self.spilled} bytes are spilled")
         if self.shared > self.limit:
             found.append(f"{self.shared} bytes of shared memory, of {self.limit}")
-        if self.dtype != "fp32" and not self.matrix:
+        if self.dtype != "fp32" and self.tile != "-" and not self.matrix:
             found.append("no matrix unit is used")
         return found
 
@@ -150,6 +168,56 @@ def scan_kernels(target: Target) -> Iterator[Compiled]:
                 )
 
 
+def step_kernels(target: Target) -> Iterator[Compiled]:
+    """Every kernel that a running sequence launches: one token, several, with forks, controls and rollback.
+
+    The step is called as it is, on tensors of this machine, with tiles of the target; launches compile.
+    """
+    from ttt_compiler.codegen.gpu import schedules, sequence
+    from ttt_compiler.codegen.gpu.step import fast_weight_step
+    from ttt_compiler.codegen.layout import DONE, FACTORED, SEEN, WRITES
+
+    d, f, chunk, batch = 256, 768, 64, 4
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        seen: set[tuple[str, str]] = set()
+        for (rule, revocable, shared), tokens in itertools.product(SEQUENCES, (1, 100)):
+            spec = SiteSpec("w", d, f, d, chunk, 0.3, "hidden_states", True, 5, "m", rule=rule)
+            state = FastWeightState.zeros(
+                [spec], batch, dtype, torch.device("cpu"), revocable=revocable, shared_lanes=shared
+            )
+            rows = state.sites["w"].rows
+            rows[:, SEEN], rows[:, DONE], rows[:, WRITES] = 2 * chunk - 1, 1, 1
+            rows[1, FACTORED] = chunk
+            h, t = (torch.randn(batch, tokens, x).to(dtype) for x in (f, d))
+            w0, conv, proj = (torch.randn(x).to(dtype) for x in ((d, f), (d, 1, 5), (d, d)))
+            tile = shipped(target.name, dtype, RUNNING if rule.decay == 1.0 else DECAY)[0]
+            groups = tile.groups(d, f, target.processors // batch)
+            with (
+                launches.compiling_launches(target.backend, target.arch, target.warp) as found,
+                mock.patch.object(schedules, "tile_for", lambda *_, tile=tile: tile),
+                mock.patch.object(sequence, "tile_for", lambda *_, tile=tile: tile),
+                mock.patch.object(sequence, "groups_for", lambda *_, groups=groups: groups),
+            ):
+                fast_weight_step(h, t, w0, None, conv, proj, None, spec, state.sites["w"], state.batch)
+            for kernel, compiled in found:
+                if kernel == "chunk_scan_kernel" or (kernel, compiled.hash) in seen:
+                    continue
+                seen.add((kernel, compiled.hash))
+                used = assembler.instructions(compiled, target.matrix_units)
+                yield Compiled(
+                    kernel=kernel.removesuffix("_kernel"),
+                    use="running",
+                    target=target.name,
+                    dtype=name,
+                    tile="-",
+                    warps=compiled.metadata.num_warps,
+                    stages=compiled.metadata.num_stages,
+                    limit=target.shared_memory,
+                    matrix=sum(used.values()),
+                    **assembler.resources(compiled),
+                )
+
+
 def page(rows: list[Compiled]) -> str:
     """The table as Markdown."""
     head = (
@@ -172,6 +240,18 @@ def page(rows: list[Compiled]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def merged(rows: Iterable[Compiled]) -> list[Compiled]:
+    """One row per kernel and operand type: the most that any of its variants takes."""
+    found: dict[tuple[str, str], Compiled] = {}
+    for r in rows:
+        most = found.get((r.kernel, r.dtype), r)
+        found[r.kernel, r.dtype] = dataclasses.replace(
+            most,
+            **{k: max(getattr(most, k), getattr(r, k)) for k in ("registers", "spilled", "shared", "matrix")},
+        )
+    return list(found.values())
+
+
 def main() -> None:
     """Compile, print or write, and fail when a gate does."""
     parser = argparse.ArgumentParser(
@@ -181,7 +261,8 @@ def main() -> None:
     parser.add_argument("--write", metavar="FILE", help="write the page there")
     parser.add_argument("--json", action="store_true", help="print rows as JSON instead")
     a = parser.parse_args()
-    rows = [r for t in TARGETS if not a.target or t.name in a.target for r in scan_kernels(t)]
+    targets = [t for t in TARGETS if not a.target or t.name in a.target]
+    rows = [r for t in targets for r in (*scan_kernels(t), *merged(step_kernels(t)))]
     if a.write:
         Path(a.write).write_text(page(rows))
     else:
