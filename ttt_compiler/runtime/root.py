@@ -370,22 +370,20 @@ def positions_of(cu_seqlens: Tensor, length: int) -> Tensor:
 
 
 def require_boundaries(cu_seqlens: object, rows: Tensor) -> None:
-    """Raise unless ``cu_seqlens`` are boundaries of documents in one row of ``rows [B, T, ..]``.
+    """Raise unless ``cu_seqlens`` are boundaries of documents, the same in every row of ``rows [B, T, ..]``.
 
     Raises:
         PositionError: they are of another shape or type, go down, or do not span the call.
     """
     batch, length = rows.shape[:2]
-    fits = isinstance(cu_seqlens, Tensor) and cu_seqlens.dim() == 1 and not cu_seqlens.is_floating_point()
-    if fits and batch == 1:
-        assert isinstance(cu_seqlens, Tensor)
+    if isinstance(cu_seqlens, Tensor) and cu_seqlens.dim() == 1 and not cu_seqlens.is_floating_point():
         given = cu_seqlens.tolist()
         if len(given) > 1 and given[0] == 0 and given[-1] == length and given == sorted(given):
             return
     said = f"{tuple(cu_seqlens.shape)}" if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
     raise PositionError(
-        f"boundaries of documents ({said}) do not fit a call of {batch} rows of {length} tokens. Pass one "
-        f"row, and integers [0, ..., {length}] in ascending order"
+        f"boundaries of documents ({said}) do not fit a call of {batch} rows of {length} tokens. Pass "
+        f"integers [0, ..., {length}] in ascending order: they hold for every row"
     )
 
 

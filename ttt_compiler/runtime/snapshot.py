@@ -195,7 +195,7 @@ def _check_header(header: dict[str, Any], path: object, model: nn.Module, root: 
     version = header.get("version")
     if type(version) is not int or version not in (1, VERSION):
         raise SnapshotError(
-            f"{path}: has version {str(version)[:20]!a}, this ttt_compiler reads versions 1 "
+            f"{path}: has version {repr(version)[:20]}, this ttt_compiler reads versions 1 "
             f"to {VERSION}; nothing was changed"
         )
     if not same_sites(header.get("sites"), root.specs):
