@@ -263,7 +263,7 @@ def test_a_session_is_loaded_into_an_empty_cache_only(model, tmp_path):
 
 @pytest.mark.parametrize("name", ["", "a\0b", "/", "/dev/full"])
 def test_what_is_no_file_is_not_written(model, name):
-    with pytest.raises(SnapshotError, match="cannot be written: (no name for a file|a folder or a device)"):
+    with pytest.raises(SnapshotError, match=r"cannot be written: (no name|a folder)"):
         ttt.Session(model).save(name)
 
 
