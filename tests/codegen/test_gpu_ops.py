@@ -11,8 +11,8 @@ from ttt_compiler.codegen.cpu import conv as cpu_conv
 from ttt_compiler.codegen.cpu import scan as cpu_scan
 from ttt_compiler.codegen.gpu import controls, conv, scan
 from ttt_compiler.codegen.kernels.chunk_table import require_whole_documents
-from ttt_compiler.codegen.offline import interpreter
 from ttt_compiler.errors import PositionError
+from ttt_compiler.offline import interpreter
 
 B, T, F, D, CHUNK = 2, 29, 21, 13, 6
 PACKED = torch.stack(

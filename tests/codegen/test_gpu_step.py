@@ -20,8 +20,8 @@ from ttt_compiler.codegen.layout import (
     WRITES,
     factored_limit,
 )
-from ttt_compiler.codegen.offline import interpreter
 from ttt_compiler.errors import NonFiniteWriteError, UnsupportedDeviceError
+from ttt_compiler.offline import interpreter
 from ttt_compiler.runtime.rows import export_row
 from ttt_compiler.spec import WriteRule
 

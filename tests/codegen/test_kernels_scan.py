@@ -9,7 +9,7 @@ from tests.tolerances import assert_within_budget, relative_error
 from ttt_compiler.codegen.kernels.chunk_scan import Carried, chunk_scan_partial, naive_chunk_scan
 from ttt_compiler.codegen.kernels.chunk_table import chunk_table
 from ttt_compiler.codegen.kernels.tiles import Tile
-from ttt_compiler.codegen.offline import interpreter
+from ttt_compiler.offline import interpreter
 
 # With the number of programs that share the columns of W.
 TILES = [

@@ -25,7 +25,7 @@ from ttt_compiler.codegen.kernels import (
 from ttt_compiler.codegen.kernels.own_slot import STAGE
 from ttt_compiler.codegen.kernels.write_chunks import WRITTEN, Keys
 from ttt_compiler.codegen.layout import StateTensors
-from ttt_compiler.codegen.offline import interpreter
+from ttt_compiler.offline import interpreter
 
 
 @pytest.fixture(autouse=True, scope="module")

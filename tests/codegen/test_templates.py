@@ -13,7 +13,7 @@ from torch.nn import functional
 from tests.tolerances import assert_within_budget, relative_error
 from ttt_compiler.codegen import choose, reference
 from ttt_compiler.codegen.kernels.tiles import Tile
-from ttt_compiler.codegen.offline.interpreter import inductor_on_cpu_tensors
+from ttt_compiler.offline.interpreter import inductor_on_cpu_tensors
 from ttt_compiler.spec import WriteRule
 
 PACKED = torch.stack(

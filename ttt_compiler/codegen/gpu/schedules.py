@@ -1,6 +1,6 @@
 """How the step's kernels share out their work on a device.
 
-May be changed here: tiles, with a measurement or the proofs of :mod:`ttt_compiler.codegen.offline`.
+May be changed here: tiles, with a measurement or the proofs of :mod:`ttt_compiler.offline`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A converted model compiled by Inductor for a CUDA device that is not there; run it as a program.
 
-    python -m ttt_compiler.codegen.offline.whole_graphs --target sm_90
+    python -m ttt_compiler.offline.whole_graphs --target sm_90
 
 The graphs that AOTAutograd makes of the model on CPU are moved to a fake device, Inductor generates their
 code, and every Triton kernel in it is compiled to machine code. Must not be interpreted. May be changed here:
@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from ttt_compiler.codegen.offline.targets import Target, target
 from ttt_compiler.compat import assembler
 from ttt_compiler.compat.fake_cuda import compile_generated, fake_cuda, generated_kernels, generating
+from ttt_compiler.offline.targets import Target, target
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Every tile of the scan kernel, compiled for every architecture; run it as a program.
 
-    python -m ttt_compiler.codegen.offline.cross_compile --write docs/kernels.md
+    python -m ttt_compiler.offline.cross_compile --write docs/kernels.md
 
 It must not be interpreted: a process with ``TRITON_INTERPRET=1`` has no compiler. What it proves: the kernels
 compile, nothing is spilled, shared memory is within the limit, the matrix units are used. What it does not:
@@ -22,8 +22,8 @@ from unittest import mock
 import torch
 
 from ttt_compiler.codegen.kernels.tiles import DECAY, GRADIENT, RUNNING, SCAN, SHIPPED, shipped
-from ttt_compiler.codegen.offline.targets import TARGETS, Target
 from ttt_compiler.compat import assembler, launches
+from ttt_compiler.offline.targets import TARGETS, Target
 from ttt_compiler.runtime.state import FastWeightState
 from ttt_compiler.spec import SiteSpec, WriteRule
 
@@ -227,7 +227,7 @@ def page(rows: list[Compiled]) -> str:
     lines = [
         "# Kernels",
         "",
-        "Written by `python -m ttt_compiler.codegen.offline.cross_compile --write docs/kernels.md`; a test "
+        "Written by `python -m ttt_compiler.offline.cross_compile --write docs/kernels.md`; a test "
         "compiles them afresh. A tile is tokens x rows of W x columns of W. Shared memory is in bytes of a "
         "block.",
         "",

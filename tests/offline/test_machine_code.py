@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from ttt_compiler.codegen.kernels.tiles import SHIPPED
-from ttt_compiler.codegen.offline.cross_compile import DTYPES, USES, Compiled, page
-from ttt_compiler.codegen.offline.targets import TARGETS, target
+from ttt_compiler.offline.cross_compile import DTYPES, USES, Compiled, page
+from ttt_compiler.offline.targets import TARGETS, target
 
 PAGE = Path(__file__).parents[2] / "docs" / "kernels.md"
 
@@ -23,7 +23,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "kernels.md"
 def run(module, *args):
     """Output and errors of a program of the package."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", f"ttt_compiler.codegen.offline.{module}", *args]
+    command = [sys.executable, "-m", f"ttt_compiler.offline.{module}", *args]
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
@@ -72,7 +72,7 @@ def test_interpreted_processes_are_told():
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     code = (
         "import triton, os; os.environ['TRITON_INTERPRET'] = '0'; "
-        "from ttt_compiler.codegen.offline import interpreter; interpreter.install()"
+        "from ttt_compiler.offline import interpreter; interpreter.install()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert "must be chosen before triton is imported" in done.stderr
