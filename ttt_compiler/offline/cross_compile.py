@@ -21,7 +21,7 @@ from unittest import mock
 
 import torch
 
-from ttt_compiler.codegen.kernels.tiles import DECAY, GRADIENT, RUNNING, SCAN, SHIPPED, shipped
+from ttt_compiler.codegen.kernels.tiles import DECAY, GRADIENT, RUNNING, SCAN, SHIPPED
 from ttt_compiler.compat import assembler, launches
 from ttt_compiler.offline.targets import TARGETS, Target
 from ttt_compiler.runtime.state import FastWeightState
@@ -173,7 +173,7 @@ def step_kernels(target: Target) -> Iterator[Compiled]:
 
     The step is called as it is, on tensors of this machine, with tiles of the target; launches compile.
     """
-    from ttt_compiler.codegen.gpu import schedules, sequence
+    from ttt_compiler.codegen.gpu import decode, schedules
     from ttt_compiler.codegen.gpu.step import fast_weight_step
     from ttt_compiler.codegen.layout import DONE, FACTORED, SEEN, WRITES
 
@@ -190,13 +190,12 @@ def step_kernels(target: Target) -> Iterator[Compiled]:
             rows[1, FACTORED] = chunk
             h, t = (torch.randn(batch, tokens, x).to(dtype) for x in (f, d))
             w0, conv, proj = (torch.randn(x).to(dtype) for x in ((d, f), (d, 1, 5), (d, d)))
-            tile = shipped(target.name, dtype, RUNNING if rule.decay == 1.0 else DECAY)[0]
-            groups = tile.groups(d, f, target.processors // batch)
             with (
                 launches.compiling_launches(target.backend, target.arch, target.warp) as found,
-                mock.patch.object(schedules, "tile_for", lambda *_, tile=tile: tile),
-                mock.patch.object(sequence, "tile_for", lambda *_, tile=tile: tile),
-                mock.patch.object(sequence, "groups_for", lambda *_, groups=groups: groups),
+                mock.patch.object(schedules, "interpreted", return_value=False),
+                mock.patch.object(decode, "interpreted", return_value=False),
+                mock.patch.object(schedules, "architecture", return_value=target.name),
+                mock.patch.object(schedules, "_processors", return_value=target.processors),
             ):
                 fast_weight_step(h, t, w0, None, conv, proj, None, spec, state.sites["w"], state.batch)
             for kernel, compiled in found:

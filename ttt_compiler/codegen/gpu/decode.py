@@ -14,10 +14,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ttt_compiler.codegen.gpu.schedules import programs_per_row, tile_for
+from ttt_compiler.codegen.gpu.schedules import blocks_for, interpreted, programs_per_row, tile_for
 from ttt_compiler.codegen.kernels.append_tail import append_tail
 from ttt_compiler.codegen.kernels.base_apply import base_apply
-from ttt_compiler.codegen.kernels.decode_controls import Blocks
 from ttt_compiler.codegen.kernels.decode_finish import decode_finish
 from ttt_compiler.codegen.kernels.decode_plan import NEED_BASE, decode_plan
 from ttt_compiler.codegen.kernels.decode_read import decode_read
@@ -44,6 +43,7 @@ def decode_step(
 ) -> Tensor:
     """Arguments and result of :func:`ttt_compiler.codegen.cpu.step.fast_weight_step`, with T = 1."""
     count, chunk, rule = len(batch), spec.chunk, spec.rule
+    narrow = state.tail_v.dtype != state.w.dtype
     if spec.lr == 0.0:
         still = torch.ones((), dtype=torch.bool, device=h.device)
     else:
@@ -54,15 +54,14 @@ def decode_step(
         pos,
         still,
         chunk,
-        factored_limit(spec.d_model, spec.d_ff, count),
+        # As on CPU: decay multiplies what is stored, and a narrow factored row would round it away.
+        0 if rule.decay != 1.0 and narrow else factored_limit(spec.d_model, spec.d_ff, count),
         decays=rule.decay != 1.0,
     )
     append_tail(h, state.tail_h, token, entry)
     append_tail(t, state.tail_t, token, entry)
 
-    small = h.device.type == "cpu"
-    programs = programs_per_row(h)
-    blocks = Blocks(16, 32, 32, programs) if small else Blocks(64, 64, 64, programs)
+    programs, blocks = programs_per_row(h), blocks_for(h)
     conv = conv.contiguous()
 
     def values(v: Tensor, *, cache: bool) -> Tensor:
@@ -74,7 +73,7 @@ def decode_step(
         # The base model's own projection, bit for bit. Nothing was or will be written.
         y = torch.nn.functional.linear(h[:, 0], w0, bias)
     else:
-        y = _read(h[:, 0], w0, bias, state, plan, chunk, rule.decay, small=small)
+        y = _read(h[:, 0], w0, bias, state, plan, chunk, rule.decay, small=interpreted(h))
     v = h.new_empty(count, chunk, spec.d_model)
     verdict = values(v, cache=False)
     staged = own_slot(state.w, state.tail_h.dtype, slot_jobs, programs)

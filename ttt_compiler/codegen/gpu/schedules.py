@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ttt_compiler.codegen.kernels.decode_controls import Blocks
 from ttt_compiler.codegen.kernels.tiles import DECAY, INTERPRETED, RUNNING, Tile, architecture, shipped
 
 
@@ -21,7 +22,7 @@ def tile_for(x: Tensor, decay: float = 1.0) -> Tile:
     Raises:
         UnsupportedDeviceError: none is shipped for the device.
     """
-    if x.device.type == "cpu":
+    if interpreted(x):
         return INTERPRETED
     return shipped(architecture(x.device), x.dtype, RUNNING if decay == 1.0 else DECAY)[0]
 
@@ -35,8 +36,31 @@ def groups_for(x: Tensor, tile: Tile, outer: int) -> int:
         outer: O.
     """
     rows = max(1, x.shape[0])
-    programs = 2 if x.device.type == "cpu" else _processors(x)
+    programs = 2 if interpreted(x) else _processors(x)
     return tile.groups(outer, x.shape[2], -(-programs // rows))
+
+
+def blocks_for(x: Tensor) -> Blocks:
+    """How v of one chunk is shared out."""
+    programs = programs_per_row(x)
+    if interpreted(x):
+        return Blocks(16, 32, 32, programs)
+    return Blocks(64, 64, 64, programs) if _has_room(x) else Blocks(32, 32, 32, programs)
+
+
+def block_for(x: Tensor) -> int:
+    """Edge of the square tiles of a product with W0."""
+    return 64 if not interpreted(x) and _has_room(x) else 32
+
+
+def _has_room(x: Tensor) -> bool:
+    """Whether three stages of tiles with an edge of 64 fit shared memory: 16-bit ones, on NVIDIA's."""
+    return x.dtype.itemsize == 2 and architecture(x.device).startswith("sm_")
+
+
+def interpreted(x: Tensor) -> bool:
+    """Whether kernels on these operands run in the interpreter, which is quicker on small tiles."""
+    return x.device.type == "cpu"
 
 
 def _processors(x: Tensor) -> int:
@@ -46,4 +70,4 @@ def _processors(x: Tensor) -> int:
 
 def programs_per_row(x: Tensor) -> int:
     """Programs that one row of the batch gets in kernels which mostly exit at once."""
-    return 2 if x.device.type == "cpu" else 2 * _processors(x)
+    return 2 if interpreted(x) else 2 * _processors(x)

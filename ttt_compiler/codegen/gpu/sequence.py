@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ttt_compiler.codegen.gpu.plan import Plan, plan_sequence
-from ttt_compiler.codegen.gpu.schedules import groups_for, programs_per_row, tile_for
+from ttt_compiler.codegen.gpu.schedules import block_for, groups_for, programs_per_row, tile_for
 from ttt_compiler.codegen.gpu.values import Values, chunk_values
 from ttt_compiler.codegen.kernels.append_tail import append_tail
 from ttt_compiler.codegen.kernels.base_apply import base_apply
@@ -193,7 +193,7 @@ def _outputs(
     broken = ~square.gather(1, plan.place_of).isfinite()
     y = torch.where(broken[:, :, None], float("nan"), y)
     flat = h.reshape(-1, h.shape[2])
-    block = 32 if h.device.type == "cpu" else 64
+    block = block_for(h)
     need = plan.padding.flatten()
     base = base_apply(flat, w0, need, tokens=block, outer=block, inner=block, shares=1)[0].view_as(y)
     y = torch.where(plan.padding[:, :, None], base, y)
