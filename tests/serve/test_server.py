@@ -428,7 +428,7 @@ class TestWhatGoesWrong:
         record = json.loads((folder / "b" / "session.json").read_text())
         (folder / "b" / "session.json").write_text(json.dumps({**record, "ids": record["ids"][:-2]}))
         with start(saved=True) as server:
-            for name, why in (("a", "not the file"), ("b", "its record 16")):
+            for name, why in (("a", "not the file"), ("b", "its checksum does not fit")):
                 with refused(500, "session_unreadable") as caught:
                     server.chat(user("w1"), session=name)
                 assert why in caught[0].message

@@ -18,6 +18,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
+from ttt_compiler.serve.body_limit import MOST_BODY, BodyLimit
 from ttt_compiler.serve.errors import (
     CancelledError,
     FailedError,
@@ -43,7 +44,8 @@ def build_app(model_name: str, make_sessions: Callable[[], Sessions]) -> FastAPI
         yield
         await app.state.sessions.close()
 
-    app = FastAPI(title="ttt_compiler", lifespan=lifespan)
+    app = FastAPI(title="ttt_compiler", lifespan=lifespan, redirect_slashes=False)
+    app.add_middleware(BodyLimit, most=MOST_BODY)
     _add_errors(app)
 
     def sessions() -> Sessions:
@@ -69,6 +71,12 @@ def build_app(model_name: str, make_sessions: Callable[[], Sessions]) -> FastAPI
     async def models() -> dict[str, Any]:
         entry = {"id": model_name, "object": "model", "created": 0, "owned_by": "ttt_compiler"}
         return {"object": "list", "data": [entry]}
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> dict[str, Any]:
+        if name != model_name:
+            raise UnknownModelError(f"the model {name!r} is not served here, {model_name!r} is")
+        return {"id": model_name, "object": "model", "created": 0, "owned_by": "ttt_compiler"}
 
     @app.get("/v1/sessions")
     async def list_sessions() -> dict[str, Any]:
@@ -161,7 +169,9 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def malformed(_: Request, e: RequestValidationError) -> JSONResponse:
         first = e.errors()[0]
-        where = ".".join(str(x) for x in first["loc"] if x != "body")
+        # Names of types are how the schema is built; a number alone is a place in what is no JSON.
+        path = [str(x) for x in first["loc"] if x != "body" and "[" not in str(x) and x != "str"]
+        where = "" if path and path[0].isdecimal() else ".".join(path)
         message = first["msg"].removeprefix("Value error, ")
         return JSONResponse(
             _error_body(InvalidRequestError(f"{where}: {message}" if where else message, where or None)), 400

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ttt_compiler.errors import UnsupportedModelError
 from ttt_compiler.runtime.session import Session
 from ttt_compiler.serve.errors import ContextLengthError
+from ttt_compiler.serve.sampling import check_defaults, chooser
 from ttt_compiler.serve.text import TextStream
 
 # Tokens of a prompt per call of the model: other requests wait no longer than for one such call.
@@ -25,8 +26,6 @@ BLOCK = 512
 # Replies of requests that do not say how long they may be.
 MAX_TOKENS = 1024
 
-# Below it, logits divided by the temperature could overflow; it is greedy anyway.
-COLD = 1e-4
 
 FinishReason = Literal["stop", "length"]
 
@@ -78,7 +77,8 @@ class Engine:
         context: tokens a conversation may have; None without a limit.
 
     Raises:
-        UnsupportedModelError: the model has no key/value cache.
+        UnsupportedModelError: the model has no key/value cache, or its generation config sets what is not
+            honoured.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, *, block: int = BLOCK) -> None:
@@ -92,6 +92,7 @@ class Engine:
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         self.context: int | None = getattr(text, "max_position_embeddings", None)
         self._defaults: Any = getattr(model, "generation_config", None)
+        check_defaults(self._defaults)
         ends = getattr(self._defaults, "eos_token_id", None)
         ends = ends if isinstance(ends, list) else [ends]
         self._ends = {e for e in (*ends, tokenizer.eos_token_id) if e is not None}
@@ -131,21 +132,29 @@ class Engine:
         return min(room, MAX_TOKENS) if wanted is None else wanted
 
     def steps(
-        self, session: Session, ids: Sequence[int], sampling: Sampling, max_tokens: int
+        self,
+        session: Session,
+        ids: Sequence[int],
+        sampling: Sampling,
+        max_tokens: int,
+        *,
+        before: Sequence[int] = (),
     ) -> Iterator[str | Reply]:
-        """Read ``ids`` and reply; one item per call of the model.
+        """Read ``ids``, which come after ``before``, and reply; one item per call of the model.
 
         Yields:
             Text to show, often empty, and last of all the :class:`Reply`.
         """
-        choose, stream = self._chooser(sampling), TextStream(self.tokenizer, sampling.stop)
+        device = getattr(self.model, "device", None) or "cpu"
+        choose = chooser(self._defaults, sampling.temperature, sampling.top_p, sampling.seed, device)
+        stream = TextStream(self.tokenizer, sampling.stop)
         for start in range(0, len(ids), self.block):
             if start:
                 yield ""
             logits = self._forward(session, ids[start : start + self.block])
         out: list[int] = []
         reason: FinishReason = "stop"
-        while (token := choose(logits)) not in self._ends:
+        while (token := choose([*before, *ids, *out], logits)) not in self._ends:
             out.append(token)
             yield stream.push(token)
             if stream.stopped or len(out) == max_tokens:
@@ -166,36 +175,3 @@ class Engine:
         if bool(logits.isnan().any()):
             raise FloatingPointError("the model's logits hold NaN")
         return logits
-
-    def _chooser(self, sampling: Sampling) -> Any:
-        from transformers import (
-            LogitsProcessorList,
-            TemperatureLogitsWarper,
-            TopKLogitsWarper,
-            TopPLogitsWarper,
-        )
-
-        temperature = self._setting(sampling.temperature, "temperature", 1.0)
-        top_p, top_k = self._setting(sampling.top_p, "top_p", 1.0), self._setting(None, "top_k", 0)
-        if temperature < COLD:
-            return lambda logits: int(logits.argmax(-1))
-        warpers = LogitsProcessorList([TemperatureLogitsWarper(float(temperature))])
-        if top_k:
-            warpers.append(TopKLogitsWarper(int(top_k)))
-        if top_p < 1:
-            warpers.append(TopPLogitsWarper(float(top_p)))
-        generator = torch.Generator(device=getattr(self.model, "device", None) or "cpu")
-        if sampling.seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(sampling.seed)
-
-        def choose(logits: Tensor) -> int:
-            probabilities = warpers(None, logits).softmax(-1)
-            return int(torch.multinomial(probabilities, 1, generator=generator))
-
-        return choose
-
-    def _setting(self, asked: float | None, name: str, default: float) -> float:
-        own = getattr(self._defaults, name, None)
-        return asked if asked is not None else default if own is None else own

@@ -5,6 +5,7 @@ May be changed here: the order of the steps, and what is checked before a model 
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,8 @@ class ServeOptions:
     def __post_init__(self) -> None:
         if self.max_sessions < 1:
             raise ConfigError(f"max_sessions={self.max_sessions} must be at least 1")
+        if not 0 <= self.port < 1 << 16:
+            raise ConfigError(f"port={self.port} must lie between 0, for any free one, and 65535")
 
 
 def serve(options: ServeOptions, *, say: Callable[[str], None]) -> None:
@@ -67,6 +70,7 @@ def serve(options: ServeOptions, *, say: Callable[[str], None]) -> None:
     import uvicorn
 
     template = read_template(options.chat_template)
+    listener = listen(options.host, options.port)
     say("loading the model")
     model, tokenizer = load_pretrained(options.model)
     chat = ChatTemplate(tokenizer, template)
@@ -81,10 +85,34 @@ def serve(options: ServeOptions, *, say: Callable[[str], None]) -> None:
     engine.warm_up()
     app = build_app(model_name(options.model), lambda: Sessions(engine, chat, store, options.max_sessions))
     config = uvicorn.Config(
-        app, host=options.host, port=options.port, access_log=False, timeout_graceful_shutdown=GRACE
+        app,
+        host=options.host,
+        port=options.port,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=GRACE,
     )
-    say(f'serving "{model_name(options.model)}"; stop with Ctrl-C')
-    uvicorn.Server(config).run()
+    host, port = listener.getsockname()[:2]
+    where = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    say(f'"{model_name(options.model)}" is running on {where} ; stop with Ctrl-C')
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket: a port that is taken shows before minutes are spent on a model.
+
+    Raises:
+        TTTError: the address cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as e:
+        listener.close()
+        raise TTTError(f"cannot listen on {host}:{port} ({e.strerror}). Pass another --port or --host") from e
+    return listener
 
 
 def prepare(model: nn.Module, options: ServeOptions, *, say: Callable[[str], None]) -> None:

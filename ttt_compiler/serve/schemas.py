@@ -43,6 +43,10 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
+# As OpenAI's.
+MOST_STOPS = 4
+
+
 class TextPart(BaseModel):
     """A part of a message."""
 
@@ -106,8 +110,11 @@ class ChatRequest(BaseModel):
             raise ValueError(f"not understood here, so leave out: {', '.join(sorted(wrong))}")
         if self.messages[-1].role == "assistant":
             raise ValueError("the last message is an assistant's, so there is nothing to reply to")
-        if any(not s for s in self.stops):
-            raise ValueError("stop: an empty string ends nothing")
+        if any(not s for s in self.stops) or len(self.stops) > MOST_STOPS:
+            raise ValueError(f"stop: at most {MOST_STOPS} strings, none of them empty")
+        texts = [m.to_message().content for m in self.messages]
+        if any("\ud800" <= c <= "\udfff" for text in (*texts, *self.stops) for c in text):
+            raise ValueError("messages: half of a surrogate pair is no text")
         if self.session is None and self.session_mode != "auto":
             raise ValueError("session_mode needs a session")
         return self

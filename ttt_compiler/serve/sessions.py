@@ -167,11 +167,11 @@ class Sessions:
             raise _unknown(name)
         messages = [{"role": m.role, "content": m.content} for m in conversation.messages]
         return {
+            **numbers,
             "id": name,
             "object": "session",
             "in_memory": live is not None,
             "conversation_tokens": len(conversation.ids),
-            **numbers,
             "messages": messages,
         }
 
@@ -264,7 +264,7 @@ class Sessions:
             raise InvalidRequestError("the messages hold no token to read", "messages")
         turn.started.set_result(None)
         replies: list[Reply] = []
-        steps = self._engine.steps(session, ids[seen:], request.sampling, limit)
+        steps = self._engine.steps(session, ids[seen:], request.sampling, limit, before=ids[:seen])
         await self._worker.run(
             steps, lambda x: replies.append(x) if isinstance(x, Reply) else turn.show(x), turn.cancelled
         )

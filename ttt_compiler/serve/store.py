@@ -89,6 +89,7 @@ class Store:
             "messages": [asdict(m) for m in live.conversation.messages],
             "session": live.session.describe(),
         }
+        record["record_sha256"] = _sealed(record)
         with replacing(folder / RECORD, SnapshotError, private=True) as temporary:
             temporary.write_text(json.dumps(record), encoding="utf-8")
         for old in before:
@@ -120,7 +121,7 @@ class Store:
     def describe(self, name: str) -> tuple[Conversation, dict[str, Any]]:
         """What was read, and ``Session.describe()`` at that time, without reading the session's memory."""
         conversation, record = self._record(name)
-        return conversation, dict(record.get("session") or {})
+        return conversation, dict(record["session"])
 
     def delete(self, name: str) -> None:
         """Forget a session."""
@@ -140,6 +141,10 @@ class Store:
             # A file system that ignores case would give one session for two names.
             if record.get("name") != name:
                 raise TypeError(f"belongs to the session {record.get('name')!r}")
+            if record.get("record_sha256") != _sealed(record):
+                raise TypeError("was changed after it was written: its checksum does not fit")
+            if not isinstance(record.get("session"), dict):
+                raise TypeError("does not describe its session")
             messages = tuple(Message(str(m["role"]), str(m["content"])) for m in record["messages"])
             ids = tuple(int(i) for i in record["ids"])
         except SnapshotError as e:
@@ -163,6 +168,12 @@ def _lock(descriptor: int) -> None:
 def _ours(folder: Path) -> list[Path]:
     """Memory files of a session, and temporary files that a crash left."""
     return [p for p in folder.glob("*") if _FILE.fullmatch(p.name)]
+
+
+def _sealed(record: dict[str, Any]) -> str:
+    """Checksum of a record but for the checksum itself."""
+    rest = {k: v for k, v in record.items() if k != "record_sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(path: Path) -> str:
