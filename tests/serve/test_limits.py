@@ -16,7 +16,6 @@ from ttt_compiler.serve import body_limit
 from ttt_compiler.serve.launch import ServeOptions, listen
 from ttt_compiler.serve.sampling import check_defaults, chooser
 
-
 JSON = {"content-type": "application/json"}
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ttt_compiler.codegen.gpu.schedules import blocks_for, interpreted, programs_per_row, tile_for
+from ttt_compiler.codegen.gpu.schedules import blocks_for, interpreted, programs_per_row, write_tile_for
 from ttt_compiler.codegen.kernels.append_tail import append_tail
 from ttt_compiler.codegen.kernels.base_apply import base_apply
 from ttt_compiler.codegen.kernels.decode_finish import decode_finish
@@ -79,7 +79,9 @@ def decode_step(
     staged = own_slot(state.w, state.tail_h.dtype, slot_jobs, programs)
     factor_rows(state, v, plan, write_jobs, chunk, programs, decay=rule.decay)
     keys = Keys(state.tail_h, state.lanes if state.lanes.shape[1] else None)
-    write_chunks(state.w, w0, keys, v, staged, write_jobs, chunk, tile_for(h), programs, decay=rule.decay)
+    write_chunks(
+        state.w, w0, keys, v, staged, write_jobs, chunk, write_tile_for(h), programs, decay=rule.decay
+    )
     decode_finish(state, plan, verdict, chunk)
     return y[:, None]
 

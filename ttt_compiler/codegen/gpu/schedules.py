@@ -27,6 +27,11 @@ def tile_for(x: Tensor, decay: float = 1.0) -> Tile:
     return shipped(architecture(x.device), x.dtype, RUNNING if decay == 1.0 else DECAY)[0]
 
 
+def write_tile_for(x: Tensor) -> Tile:
+    """The tile of W that a program of a write holds: smaller, since its loads are gathers."""
+    return INTERPRETED if interpreted(x) else shipped(architecture(x.device), x.dtype, DECAY)[0]
+
+
 def groups_for(x: Tensor, tile: Tile, outer: int) -> int:
     """Programs that share the columns of W, so that all rows together fill the device.
 

@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 
 from ttt_compiler.codegen.gpu.plan import Plan, plan_sequence
-from ttt_compiler.codegen.gpu.schedules import block_for, groups_for, programs_per_row, tile_for
+from ttt_compiler.codegen.gpu.schedules import (
+    block_for,
+    groups_for,
+    programs_per_row,
+    tile_for,
+    write_tile_for,
+)
 from ttt_compiler.codegen.gpu.values import Values, chunk_values
 from ttt_compiler.codegen.kernels.append_tail import append_tail
 from ttt_compiler.codegen.kernels.base_apply import base_apply
@@ -123,7 +129,7 @@ def _prepare(plan: Plan, rows: Tensor, slots: Tensor, state: StateTensors, w0: T
     target = torch.where(plan.reads_factored, slots, -1)
     unfold = torch.stack([zero, zero, zero, zero - 1, target, rows[:, FACTORED], zero, zero], 1)
     no_v = keys.new_empty(len(slots), 1, w0.shape[0])
-    write_chunks(state.w, w0, Keys(keys), no_v, staged, unfold, 1, tile_for(keys), programs)
+    write_chunks(state.w, w0, Keys(keys), no_v, staged, unfold, 1, write_tile_for(keys), programs)
 
 
 def _scan(
@@ -176,7 +182,7 @@ def _scan(
             None,
             jobs,
             chunk,
-            tile,
+            write_tile_for(keys),
             programs_per_row(keys),
             decay=spec.rule.decay,
         )
