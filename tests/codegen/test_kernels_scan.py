@@ -173,7 +173,8 @@ def test_a_program_without_a_tile_is_refused():
 def test_groups():
     tile = Tile(16, 16, 32, 4, 1)
     assert tile.group_choices(32) == [1]
-    assert tile.group_choices(320) == [1, 2, 4, 8, 10]
-    assert tile.groups(16, 320, 3) == 4
+    assert tile.group_choices(160) == [1, 2, 3, 4, 5]
+    assert tile.group_choices(320) == [1, 2, 3, 4, 6, 8]
+    assert tile.groups(16, 320, 5) == 6
     assert tile.groups(160, 320, 3) == 1
-    assert tile.groups(16, 320, 1000) == 10
+    assert tile.groups(16, 320, 1000) == 8

@@ -55,6 +55,8 @@ SEQUENCES = (
     (WriteRule(), 0, False),
     (WriteRule(keys="unit", max_norm=1.0, decay=0.99), 32, True),
 )
+# Rows and tokens of a call. One token of many rows is a matrix product.
+CALLS = ((4, 1), (48, 1), (4, 100))
 
 
 @dataclass(frozen=True)
@@ -177,10 +179,10 @@ def step_kernels(target: Target) -> Iterator[Compiled]:
     from ttt_compiler.codegen.gpu.step import fast_weight_step
     from ttt_compiler.codegen.layout import DONE, FACTORED, SEEN, WRITES
 
-    d, f, chunk, batch = 256, 768, 64, 4
+    d, f, chunk = 256, 768, 64
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         seen: set[tuple[str, str]] = set()
-        for (rule, revocable, shared), tokens in itertools.product(SEQUENCES, (1, 100)):
+        for (rule, revocable, shared), (batch, tokens) in itertools.product(SEQUENCES, CALLS):
             spec = SiteSpec("w", d, f, d, chunk, 0.3, "hidden_states", True, 5, "m", rule=rule)
             state = FastWeightState.zeros(
                 [spec], batch, dtype, torch.device("cpu"), revocable=revocable, shared_lanes=shared
@@ -266,7 +268,7 @@ def main() -> None:
         Path(a.write).write_text(page(rows))
     else:
         print(json.dumps([dataclasses.asdict(r) for r in rows]) if a.json else page(rows))
-    faults = [f"{r.target} {r.dtype} {r.tile} {r.use}: {f}" for r in rows for f in r.faults]
+    faults = [f"{r.kernel} {r.target} {r.dtype} {r.tile} {r.use}: {f}" for r in rows for f in r.faults]
     if faults:
         raise SystemExit("\n".join(faults))
 

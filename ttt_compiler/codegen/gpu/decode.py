@@ -102,7 +102,9 @@ def _read(
     # A narrow output alone would leave most of the device idle.
     shares = 2 if small else max(1, 264 * outer // w0.shape[0])
     need = plan[:, NEED_BASE].contiguous()
-    base = base_apply(h, w0, need, tokens=tokens, outer=outer, inner=inner // 2, shares=shares)
+    # 256 bytes of a row at a time.
+    depth = inner // 2 if small else 256 // h.dtype.itemsize
+    base = base_apply(h, w0, need, tokens=tokens, outer=outer, inner=depth, shares=shares)
     return decode_read(
         h, base, bias, state, plan, chunk, decay=decay, shares=shares, outer=outer, inner=inner, tokens=16
     )

@@ -49,13 +49,25 @@ def blocks_for(x: Tensor) -> Blocks:
     """How v of one chunk is shared out."""
     programs = programs_per_row(x)
     if interpreted(x):
-        return Blocks(16, 32, 32, programs)
-    return Blocks(64, 64, 64, programs) if _has_room(x) else Blocks(32, 32, 32, programs)
+        return Blocks(16, 32, 32, programs, 4)
+    edge = block_for(x)
+    return Blocks(edge, edge, edge, programs, warps_for(x))
 
 
 def block_for(x: Tensor) -> int:
     """Edge of the square tiles of a product with W0."""
     return 64 if not interpreted(x) and _has_room(x) else 32
+
+
+def warps_for(x: Tensor) -> int:
+    """Warps of a program that multiplies square tiles.
+
+    Products of fp32 take registers for all of their operands; sm_100 reads sums back from tensor memory into
+    registers, and spills with four warps.
+    """
+    if interpreted(x):
+        return 4
+    return 8 if x.dtype == torch.float32 or architecture(x.device) == "sm_100" else 4
 
 
 def _has_room(x: Tensor) -> bool:

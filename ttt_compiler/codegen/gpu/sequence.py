@@ -18,6 +18,7 @@ from ttt_compiler.codegen.gpu.schedules import (
     groups_for,
     programs_per_row,
     tile_for,
+    warps_for,
     write_tile_for,
 )
 from ttt_compiler.codegen.gpu.values import Values, chunk_values
@@ -201,7 +202,9 @@ def _outputs(
     flat = h.reshape(-1, h.shape[2])
     block = block_for(h)
     need = plan.padding.flatten()
-    base = base_apply(flat, w0, need, tokens=block, outer=block, inner=block, shares=1)[0].view_as(y)
+    base = base_apply(flat, w0, need, tokens=block, outer=block, inner=block, shares=1, warps=warps_for(h))[
+        0
+    ].view_as(y)
     y = torch.where(plan.padding[:, :, None], base, y)
     if bias is not None:
         y = y + bias

@@ -63,6 +63,7 @@ def base_apply(
     outer: int,
     inner: int,
     shares: int,
+    warps: int = 4,
     precision: str = "ieee",
 ) -> Tensor:
     """Launch.
@@ -75,6 +76,7 @@ def base_apply(
         outer: BO.
         inner: BI.
         shares: into how many parts F is split.
+        warps: of a program.
         precision: of products of fp32 operands.
 
     Returns:
@@ -100,7 +102,7 @@ def base_apply(
         BO=outer,
         BI=inner,
         PRECISION=precision,
-        num_warps=4,
+        num_warps=warps,
         num_stages=3,
     )
     return partial

@@ -194,12 +194,13 @@ def control_kernel(
 
 @dataclass(frozen=True)
 class Blocks:
-    """How the kernels share out their work: tokens, columns, depth of a tile; programs per chunk."""
+    """How the kernels share out their work: tokens, columns, depth of a tile; programs, warps."""
 
     tokens: int
     columns: int
     depth: int
     programs: int
+    warps: int
 
 
 def apply_controls(

@@ -188,8 +188,7 @@ def decode_values(
         BN=blocks.columns,
         BK=blocks.depth,
         PRECISION=precision,
-        # Products of fp32 take registers for all of their operands.
-        num_warps=8 if v.dtype == torch.float32 else 4,
+        num_warps=blocks.warps,
         **here,
     )
     squares_kernel[(rows, count)](
