@@ -140,7 +140,11 @@ class Root:
         for spec in self.specs:
             if spec.derived and spec.module:
                 weights += self.modules[spec.key].parameters()
-        return (self.token, *((id(w), 0 if w.is_inference() else w._version) for w in weights))
+        return (self.token, *map(_identity, weights))
+
+    def adapter(self) -> tuple[object, ...]:
+        """Identity of conv and P of every site."""
+        return tuple(_identity(p) for s in self.specs for p in self.parameters(s) if p is not None)
 
     def check_modules(self, model: nn.Module) -> None:
         """Raise when a module that applies a chosen weight has left the model since conversion.
@@ -239,6 +243,7 @@ class Root:
     def _check(self, state: FastWeightState, batch: int) -> None:
         check_fits(state, self.specs, batch, self.like(self.specs[0]), self.owner())
         state.own()
+        state.follow(self.adapter())
 
     @contextlib.contextmanager
     def running(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[None]:
@@ -395,6 +400,11 @@ def _progress(state: FastWeightState | None, cache: Any) -> tuple[object, ...]:
     layers = getattr(cache, "layers", ()) or ()
     keys = [getattr(layer, "keys", None) for layer in layers]
     return versions, tuple((k.shape, _written(k)) if isinstance(k, Tensor) else None for k in keys)
+
+
+def _identity(x: Tensor) -> tuple[int, int]:
+    """What changes when a weight is replaced or written. Inference tensors do not count that."""
+    return id(x), 0 if x.is_inference() else x._version
 
 
 def _written(x: Tensor) -> object:
