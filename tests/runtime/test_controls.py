@@ -21,7 +21,7 @@ from ttt_compiler.codegen import reference
 from ttt_compiler.codegen.cpu.controls import limited
 from ttt_compiler.codegen.cpu.step import fast_weight_step
 from ttt_compiler.codegen.layout import SKIPPED
-from ttt_compiler.errors import ConfigError, GraphRewriteError, NonFiniteWriteError
+from ttt_compiler.errors import ConfigError, GraphRewriteError, NonFiniteWriteError, PositionError
 from ttt_compiler.runtime.files import HEADER, MARK
 from ttt_compiler.runtime.root import require_root
 from ttt_compiler.runtime.state import FastWeightState
@@ -371,6 +371,34 @@ def test_packed_documents_of_a_plain_module(monkeypatch, controls):
     same_documents(
         model, lambda: model(x, ttt_cu_seqlens=BOUNDS), lambda: [model(d) for d in x.split([7, 12], 1)]
     )
+
+
+BAD_BOUNDS = {
+    "of a batch in one row": [0, 8, 11, 16],
+    "not from the start": [3, 8],
+    "not to the end": [0, 3],
+    "that fall": [0, 5, 3, 8],
+    "per row": [[0, 8], [0, 8]],
+    "that are no integers": [0.0, 8.0],
+    "that are none": [],
+}
+
+
+@pytest.mark.parametrize("name", BAD_BOUNDS)
+def test_boundaries_of_other_tokens_are_refused(name):
+    model, x = plain(unusual.Stack(unusual.MLP())), unusual.inputs(tokens=8)
+    with pytest.raises(PositionError, match=r"do not fit a call of 2 rows of 8 tokens. Pass integers"):
+        model(x, ttt_cu_seqlens=torch.tensor(BAD_BOUNDS[name]))
+    with ttt.disabled(model):
+        model(x, ttt_cu_seqlens=torch.tensor(BAD_BOUNDS[name]))
+
+
+def test_documents_without_tokens():
+    """Boundaries of a fixed number, as collators pad them."""
+    model, x = plain(unusual.Stack(unusual.MLP())), unusual.inputs(tokens=8)
+    with torch.no_grad():
+        y = [model(x, ttt_cu_seqlens=torch.tensor(b)) for b in ([0, 3, 8], [0, 0, 3, 3, 8, 8])]
+    assert torch.equal(*y)
 
 
 @pytest.mark.parametrize("how", ["positions", "cu_seqlens"])
