@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.codegen.test_step import KEY, RULES, D, F, expected, feed, fresh, problem, spec
+from tests.codegen.test_step import KEY, LR, RULES, D, F, K, expected, feed, fresh, problem, spec
 from tests.tolerances import SEGMENTATION, assert_within_budget, relative_error
 from ttt_compiler.codegen.gpu.step import check_written
 from ttt_compiler.codegen.layout import (
@@ -96,6 +96,29 @@ def test_any_history_is_that_of_the_cpu(seed, chunk, revocable, rule, shared, ki
             )
             for state in states:
                 state.crop(min(live, revocable))
+
+
+@pytest.mark.parametrize("length", [1, 8])
+@pytest.mark.parametrize("keys", ["", "unit"])
+@pytest.mark.parametrize("rest", [1e-2, 1e-4, 1e-6])
+def test_rows_that_cancel_do_not_slip_past_the_limit(length, keys, rest):
+    """Their write is small beside ``||v|| ||h||``; the Gram form in fp32 has rounding errors of its size."""
+    h, t, w0, conv, proj, bias = problem(2, 8)
+    h[:], t[:] = h[:, :1], t[:, :1]
+    t[:, 1::2] *= -(1 - rest)
+    conv[:], conv[:, 0, K // 2], proj = 0.0, 1.0, torch.eye(D, dtype=torch.float64)
+    k = h / h.norm(dim=-1, keepdim=True) if keys == "unit" else h
+    exact = (LR * t.float().double()).mT @ k.float().double()
+    limit = exact.flatten(1).norm(dim=1).min().item() / 2
+    one = spec(8, WriteRule(keys=keys, max_norm=limit))
+    args = [x.float() for x in (h, t, torch.zeros_like(w0), conv, proj, bias)]
+    state = fresh(one, 2, torch.float32)
+    for i in range(0, 8, length):
+        gpu(state, one, args, i, i + length)
+    assert state.column(KEY, CLIPPED) == [1, 1]
+    for row in range(2):
+        written = state.matrix(KEY, row, args[2]).double().norm().item()
+        assert written == pytest.approx(limit, rel=0.2 if rest == 1e-6 else 0.02)
 
 
 @given(st.integers(0, 10**6), st.sampled_from([0, 4]))

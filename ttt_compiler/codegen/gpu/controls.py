@@ -82,11 +82,20 @@ def _gathered(x: Tensor, tokens: Tensor, count: int, dtype: torch.dtype) -> Tens
     return rows.view(rows.shape[0], count, -1, rows.shape[-1]).to(dtype)
 
 
+def gram_squares(u: Tensor, k: Tensor) -> Tensor:
+    """``||u^T k||^2 = <u u^T, k k^T>`` of u ``[..., C, D]`` and k ``[..., C, F]``, fp64 ``[...]``.
+
+    Of rows that cancel, products in fp32 leave little but rounding errors.
+    """
+    u, k = u.double(), k.double()
+    return ((u @ u.mT) * (k @ k.mT)).sum((-1, -2)).clamp(min=0.0)
+
+
 def _norms(u: Tensor, k: Tensor) -> Tensor:
     """``||u^T k||_F`` per chunk, u ``[B, n, C, D]``, k ``[B, n, C, F]``, by whichever product is smaller."""
     chunk, d, f = u.shape[-2], u.shape[-1], k.shape[-1]
     if chunk * (d + f) < d * f:
-        squared = ((u @ u.mT) * (k @ k.mT)).sum((-1, -2)).clamp(min=0.0)
+        squared = gram_squares(u, k).to(u.dtype)
     else:
         squared = (u.mT @ k).square().sum((-1, -2))
     # The root of zero has no gradient.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ttt_compiler.codegen.gpu.controls import gram_squares
 from ttt_compiler.codegen.reference import TINY
 from ttt_compiler.spec import SiteSpec, WriteRule
 
@@ -64,9 +65,7 @@ def chunk_values(
     limit = device_limit(w0, spec.rule)
     if limit is not None:
         assert keys is not None
-        k = keys.float()
-        # ||u^T k||^2 = <u u^T, k k^T>; sums may round below zero.
-        norm = ((u @ u.transpose(-1, -2)) * (k @ k.transpose(-1, -2))).sum((-1, -2)).clamp(min=0.0).sqrt()
+        norm = gram_squares(u, keys).sqrt().float()
         clipped = norm > limit
         u = u * torch.where(clipped, limit / norm, 1.0)[..., None, None]
         norm = torch.minimum(norm, limit)

@@ -1,8 +1,8 @@
 """The update controls on the chunks of one token: unit keys, limits, and chunks with NaN or Inf.
 
 The norm of a write is that of its Gram matrices, ``||u^T k||^2 = <u u^T, k k^T>``: no product of W's size
-is made. Programs without a chunk exit at once. May be changed here: the schedule; what the controls mean is
-:func:`ttt_compiler.codegen.reference.increment`.
+is made unless rows cancel (:mod:`.exact_norm`). Programs without a chunk exit at once. May be changed here:
+the schedule; what the controls mean is :func:`ttt_compiler.codegen.reference.increment`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ttt_compiler.codegen.kernels.decode_items import chunk_of, entries
+from ttt_compiler.codegen.kernels.exact_norm import exact_norm, gram_square
 from ttt_compiler.codegen.layout import StateTensors
 from ttt_compiler.spec import SiteSpec
 
@@ -118,6 +119,7 @@ def control_kernel(
     v,
     squares,
     gram,
+    exact,
     base_squares,
     verdict,
     write_jobs,
@@ -157,9 +159,13 @@ def control_kernel(
     clipped = norm < 0.0
     factor = tl.where(clipped, norm, 1.0)
     if LIMITED:
-        i = tl.arange(0, GP)
-        shares = tl.load(gram + i_n.to(tl.int64) * TILES * TILES + i, mask=i < TILES * TILES, other=0.0)
-        norm = tl.sqrt(tl.maximum(tl.sum(shares, 0), 0.0))
+        shares = gram + i_n.to(tl.int64) * TILES * TILES
+        square, doubt = gram_square(row, shares, UNIT, TINY, CHUNK, TILES * TILES, CP, GP)
+        if doubt:
+            i = tl.arange(0, SP)
+            shares = exact + i_n.to(tl.int64) * SHARES
+            square = tl.sum(tl.load(shares + i, mask=i < SHARES, other=0.0), 0)
+        norm = tl.sqrt(square)
         limit = tl.cast(MAX_NORM, tl.float32)
         if RELATIVE:
             i = tl.arange(0, SP)
@@ -244,7 +250,7 @@ def apply_controls(
     f, d = state.w.shape[2], state.w.shape[1]
     verdict = torch.empty(count, 4, dtype=torch.float32, device=v.device)
     here = {"CACHE": cache, "PLACES": places, "CHUNK": chunk, "BT": tokens, "BK": blocks.depth}
-    gram = base_squares = None
+    gram = exact = base_squares = None
     if rule.limited:
         gram = torch.empty(count, rows * rows, dtype=torch.float32, device=v.device)
         gram_kernel[(rows * rows, count)](
@@ -263,6 +269,18 @@ def apply_controls(
             TILES=rows,
             PRECISION=precision,
             **here,
+        )
+        exact = exact_norm(
+            v,
+            squares,
+            gram,
+            state,
+            plan,
+            blocks.programs,
+            unit=rule.keys == "unit",
+            tiny=tiny,
+            cache=cache,
+            chunk=chunk,
         )
     if rule.max_ratio is not None:
         base_squares = torch.empty(blocks.programs, dtype=torch.float32, device=v.device)
@@ -284,6 +302,7 @@ def apply_controls(
         v,
         squares,
         gram,
+        exact,
         base_squares,
         verdict,
         write_jobs,
