@@ -12,8 +12,8 @@ import ttt_compiler as ttt
 from tests import models
 from tests.tolerances import SEGMENTATION, relative_error
 from ttt_compiler.codegen import ops, reference  # noqa: F401
-from ttt_compiler.codegen.layout import FACTORED
-from ttt_compiler.errors import CropError, PositionError
+from ttt_compiler.codegen.layout import CLIPPED, FACTORED, SEEN, SKIPPED
+from ttt_compiler.errors import CacheError, ConfigError, CropError, PositionError, SnapshotError
 from ttt_compiler.runtime.state import FastWeightState
 from ttt_compiler.spec import SiteSpec, WriteRule
 
@@ -170,7 +170,7 @@ def test_recording_ends_with_generate(model):
 
 @pytest.mark.parametrize(
     ("bounds", "rows"),
-    [([0, 8, 11, 16], 2), ([8, 16], 1), ([0, 5, 3, 16], 1), ([0, 9], 1), ([16], 1), ([[0, 16]], 1)],
+    [([0, 8, 16, 32], 2), ([8, 16], 1), ([0, 5, 3, 16], 1), ([0, 9], 1), ([16], 1), ([[0, 16]], 1)],
 )
 def test_boundaries_that_do_not_fit(model, bounds, rows):
     with pytest.raises(PositionError, match="boundaries of documents"):
@@ -186,3 +186,99 @@ def test_rows_chosen_by_a_mask(model):
         assert session.batch_size == 2
         logits = model(tokens[[0, 2], 20:], past_key_values=session.cache).logits
     assert relative_error(logits, models.oracle(model, tokens)[[0, 2], 20:]) < SEGMENTATION
+
+
+def test_saving_and_forking_wait_for_a_call(model, tmp_path):
+    """Saved while another thread is inside of a call: the file and the fork stand between two calls."""
+    tokens = models.ids(1, 20)
+    session, inside, go_on = ttt.Session(model), threading.Event(), threading.Event()
+    with torch.no_grad():
+        model(tokens[:, :10], past_key_values=session.cache)
+
+    def pause(*_):
+        inside.set()
+        go_on.wait(30)
+
+    def call():
+        with torch.no_grad():
+            model(tokens[:, 10:17], past_key_values=session.cache)
+
+    handle = model.model.layers[1].register_forward_pre_hook(pause)
+    caller = threading.Thread(target=call)
+    forks = []
+    workers = [
+        threading.Thread(target=session.save, args=(tmp_path / "s.ttt",)),
+        threading.Thread(target=lambda: forks.append(session.fork())),
+        threading.Thread(target=lambda: forks.append(session.describe())),
+    ]
+    try:
+        caller.start()
+        assert inside.wait(60)
+        for worker in workers:
+            worker.start()
+            worker.join(0.2)
+            # A second thread is kept out while the first one is inside.
+            assert worker.is_alive()
+    finally:
+        go_on.set()
+        handle.remove()
+        for thread in (caller, *workers):
+            thread.join()
+    loaded = ttt.Session.load(model, tmp_path / "s.ttt")
+    for other in (loaded, next(f for f in forks if isinstance(f, ttt.Session))):
+        columns = {tuple(other.state.column(s.key, 0)) for s in other.state.specs}
+        assert columns == {(17,)}
+        with torch.no_grad():
+            logits = model(tokens[:, 17:], past_key_values=other.cache).logits
+        assert relative_error(logits, models.oracle(model, tokens)[:, 17:]) < SEGMENTATION
+
+
+def test_a_small_file_cannot_ask_for_all_memory(model, tmp_path, monkeypatch):
+    from ttt_compiler.runtime import snapshot
+
+    ttt.Session(model, revocable=1 << 20).save(tmp_path / "s.ttt")
+    monkeypatch.setattr(snapshot, "available_bytes", lambda device: 1 << 20)
+    with pytest.raises(SnapshotError, match="1048576 revocable tokens need"):
+        ttt.Session.load(model, tmp_path / "s.ttt")
+
+
+@pytest.mark.parametrize(
+    "given", [{"revocable": -3}, {"revocable": (1 << 20) + 1}, {"batch_size": 0}, {"batch_size": "2"}]
+)
+def test_numbers_of_a_session(model, given):
+    with pytest.raises(ConfigError):
+        ttt.Session(model, **given)
+
+
+def test_a_session_is_loaded_into_an_empty_cache_only(model, tmp_path):
+    session = ttt.Session(model)
+    with torch.no_grad():
+        model(models.ids(1, 9), past_key_values=session.cache)
+    session.save(tmp_path / "s.ttt")
+    for cache in (session.cache, ttt.Session(model).cache, object()):
+        with pytest.raises(CacheError, match="empty"):
+            ttt.Session.load(model, tmp_path / "s.ttt", cache=cache)
+    assert session.tokens_seen == [9]
+
+
+@pytest.mark.parametrize("name", ["", "a\0b", "/", "/dev/full"])
+def test_what_is_no_file_is_not_written(model, name):
+    with pytest.raises(SnapshotError, match=r"cannot be written: (no name|a folder)"):
+        ttt.Session(model).save(name)
+
+
+@pytest.mark.parametrize("column", [SKIPPED, CLIPPED, SEEN])
+def test_counters_that_contradict_each_other(model, tmp_path, column):
+    from ttt_compiler.runtime.files import read_tensors, write_tensors
+
+    session = ttt.Session(model)
+    with torch.no_grad():
+        model(models.ids(1, 9), past_key_values=session.cache)
+    session.save(tmp_path / "s.ttt")
+    tensors, header = read_tensors(tmp_path / "s.ttt", SnapshotError)
+    name = next(n for n in tensors if n.endswith(".rows"))
+    tensors[name] = tensors[name].clone()
+    tensors[name][column] = 1 << 62
+    write_tensors(tmp_path / "s.ttt", tensors, header, SnapshotError)
+    with pytest.raises(SnapshotError, match="contradict each other"):
+        ttt.Session.load(model, tmp_path / "s.ttt")

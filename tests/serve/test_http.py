@@ -7,7 +7,7 @@ import json
 import httpx
 import pytest
 
-from tests.serve.loopback import Server, user
+from tests.serve.loopback import Server, assistant, user
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +78,7 @@ def test_what_is_no_object_blames_no_field(server, body):
         ({"tools": [{}], "best_of": 2}, "best_of"),
         ({"stream_options": {"x": 1}}, "stream_options.x"),
         ({"messages": [{"role": "user", "content": None}]}, "messages.0.content"),
+        ({"messages": [{"role": "user", "content": 7}]}, "messages.0.content"),
         ({"messages": [{"role": "user"}]}, "messages.0.content"),
         ({"messages": [user("w1"), {"role": "tool", "content": "w1"}]}, "messages.1.role"),
         ({"messages": [{"role": "assistant", "content": "w1"}]}, "messages"),
@@ -92,6 +93,52 @@ def test_which_field_is_to_blame(server, fields, param):
 
 def test_a_field_that_is_missing(server):
     assert refusal(post(server, {"messages": [user("w1")]}))["param"] == "model"
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        ({"model": "gpt-4"}, 404, "'tiny' is"),
+        ({"messages": []}, 400, "messages"),
+        ({"messages": [assistant("w1")]}, 400, "nothing to reply to"),
+        ({"messages": [{"role": "tool", "content": "w1"}]}, 400, "role"),
+        ({"messages": [{"role": "user", "content": None}]}, 400, "content"),
+        ({"messages": [{"role": "user", "content": "w", "name": "x"}]}, 400, "name"),
+        ({"max_tokens": 0}, 400, "max_tokens"),
+        ({"temperature": -1}, 400, "temperature"),
+        ({"top_p": 0}, 400, "top_p"),
+        ({"n": 2}, 400, "leave out: n"),
+        ({"tools": [{}], "best_of": 2}, 400, "leave out: best_of, tools"),
+        ({"stop": [""]}, 400, "stop"),
+        ({"session_mode": "append"}, 400, "needs a session"),
+        ({"session": "s", "session_mode": "replace"}, 400, "session_mode"),
+        ({"max_tokens": 600}, 400, "context 512"),
+        ({"messages": [user("w1 " * 600)]}, 400, "leaves no room"),
+    ],
+    ids=lambda x: str(x)[:40],
+)
+def test_bad_requests(server, body, status, message):
+    given = {"model": "tiny", "messages": [user("w1")], **body}
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json=given)
+    assert answer.status_code == status
+    assert message in answer.json()["error"]["message"]
+    assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_what_asks_for_nothing_is_accepted(server):
+    more = {"n": 1, "user": "me", "frequency_penalty": 0, "logprobs": False, "tools": []}
+    assert server.say(user("w1"), extra_headers={"x-test": "1"}, **more)
+
+
+def test_no_json_and_no_such_path(server):
+    answer = httpx.post(
+        f"{server.url}/v1/chat/completions", content="{", headers={"content-type": "application/json"}
+    )
+    assert answer.status_code == 400
+    assert "JSON" in answer.json()["error"]["message"]
+    answer = httpx.get(f"{server.url}/v1/embeddings")
+    assert answer.status_code == 404
+    assert "/v1/embeddings" in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("method", ["GET", "DELETE"])

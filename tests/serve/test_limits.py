@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from tests.serve.loopback import Server, refused, user
 from tests.serve.test_parts import BYTES
+from ttt_compiler.serve.body_limit import MAX_BODY
 from ttt_compiler.serve.launch import ServeOptions
 from ttt_compiler.serve.schemas import ChatRequest
 from ttt_compiler.serve.text import TextStream
@@ -48,7 +49,7 @@ def test_a_body_that_is_too_long(server, path, declared):
     answer = send(server, path, content if declared else pieces(content))
     assert answer.status_code == 413
     error = answer.json()["error"]
-    assert (error["code"], error["param"]) == ("request_too_large", None)
+    assert (error["code"], error["param"]) == ("too_large", None)
     assert str(MOST) in error["message"]
 
 
@@ -59,8 +60,17 @@ def test_a_body_that_just_fits(server, declared):
     assert answer.status_code == 200
 
 
+@pytest.mark.parametrize("declared", [True, False])
+def test_a_body_far_too_long_is_answered_while_it_is_sent(start, declared):
+    content = body(4 * MAX_BODY)
+    with start() as server:
+        answer = send(server, CHAT, content if declared else pieces(content))
+        assert (answer.status_code, answer.json()["error"]["code"]) == (413, "too_large")
+        assert send(server, CHAT, body(200)).status_code == 200
+
+
 def test_the_limit_of_the_command():
-    assert ServeOptions("tiny", None).max_body == 4 * 2**20
+    assert ServeOptions("tiny", None).max_body == MAX_BODY
     with pytest.raises(ValueError, match="max_body=0"):
         ServeOptions("tiny", None, max_body=0)
 
@@ -70,7 +80,7 @@ def test_four_stop_strings(server):
     with refused(400, "invalid_request") as caught:
         server.chat(user("w1"), stop=["a", "b", "c", "d", "e"])
     assert caught[0].param == "stop"
-    assert "4 at most" in caught[0].message
+    assert "at most 4 strings" in caught[0].message
 
 
 def test_too_many_messages():

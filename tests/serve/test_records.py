@@ -80,15 +80,50 @@ def test_records_that_say_something_else(server, record, field, value):
         lambda text: "{}",
         lambda text: text[: len(text) // 2],
         lambda text: text.replace("w1 w2", "w1 w3"),
+        lambda text: text.replace('"session": {', '"session": {"id": "evil", "in_memory": true, '),
+        lambda text: text.replace("sha256:", "sha256:0"),
         lambda text: text.replace('"checksum"', '"checksums"'),
         lambda text: text[:-1] + ', "more": 1}',
         lambda text: '{"a":' * 100_000,
     ],
-    ids=["empty", "no field", "cut", "another message", "no checksum", "more", "deep"],
+    ids=[
+        "empty",
+        "no field",
+        "cut",
+        "another message",
+        "another description",
+        "another checksum",
+        "no checksum",
+        "more",
+        "deep",
+    ],
 )
 def test_records_that_were_edited(server, record, folder, edit):
     record.write_text(edit(record.read_text()))
     assert str(folder) not in refuses(server)
+
+
+def test_files_that_do_not_belong_together(start, tmp_path):
+    folder = tmp_path / "sessions"
+    with start(saved=True) as server:
+        for name in ("a", "b", "c"):
+            server.say(user("w1 w2 w3 w4 w5 w6 w7"), session=name)
+    (folder / "a" / "1.ttt").write_bytes((folder / "b" / "1.ttt").read_bytes() + b" ")
+    for name in ("b", "c"):
+        record = json.loads((folder / name / "session.json").read_text())
+        signed = record.pop("checksum")
+        record["ids"] = record["ids"][:-2]
+        record["checksum"] = signed if name == "b" else _checksum(record)
+        (folder / name / "session.json").write_text(json.dumps(record))
+    reasons = {"a": "not the file", "b": "its checksum does not fit", "c": "its record 16"}
+    with start(saved=True) as server:
+        for name, why in reasons.items():
+            with refused(500, "session_unreadable") as caught:
+                server.chat(user("w1"), session=name)
+            assert why in caught[0].message
+            assert str(tmp_path) not in caught[0].message
+            server.client.delete(f"/sessions/{name}", cast_to=object)
+            assert server.say(user("w1"), session=name)
 
 
 def test_nothing_in_a_record_is_shown_as_something_else(server, record):

@@ -79,7 +79,10 @@ def test_a_request_comes_first(model, tokenizer, configured):
     greedy = served(model, tokenizer)
     warm = generated(model, do_sample=True, top_k=0)
     assert served(model, tokenizer, temperature=1.0) == warm != greedy
-    assert served(model, tokenizer, top_p=0.5) == greedy
+    assert (
+        served(model, tokenizer, top_p=0.5) == generated(model, do_sample=True, top_k=0, top_p=0.5) != greedy
+    )
+    assert served(model, tokenizer, temperature=0, top_p=0.5) == greedy
     configured(do_sample=True, temperature=2.0, top_k=0, top_p=0.3)
     assert served(model, tokenizer, temperature=0) == greedy
     assert served(model, tokenizer, temperature=1.0, top_p=1.0) == warm

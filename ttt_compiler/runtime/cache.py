@@ -247,6 +247,21 @@ def plain_layers(cache: Any) -> list[Any]:
     return layers
 
 
+def require_empty(cache: Any) -> None:
+    """Raise unless ``cache`` is a cache that nothing was read into.
+
+    Raises:
+        CacheError: it is something else, carries fast weights already, or holds tokens.
+    """
+    if not hasattr(cache, "layers") or not hasattr(cache, "get_seq_length"):
+        raise CacheError(f"cache is a {type(cache).__name__}; pass an empty cache of transformers")
+    if is_carrier(cache) or cached_tokens(cache) > 0:
+        raise CacheError(
+            f"this cache is in use ({cached_tokens(cache)} tokens): what it holds would be replaced. Pass an "
+            "empty one"
+        )
+
+
 def is_carrier(cache: Any) -> bool:
     """Whether ``cache`` carries fast weights."""
     return isinstance(cache, FastWeightCache)

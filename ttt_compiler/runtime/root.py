@@ -140,7 +140,11 @@ class Root:
         for spec in self.specs:
             if spec.derived and spec.module:
                 weights += self.modules[spec.key].parameters()
-        return (self.token, *((id(w), 0 if w.is_inference() else w._version) for w in weights))
+        return (self.token, *map(_identity, weights))
+
+    def adapter(self) -> tuple[object, ...]:
+        """Identity of conv and P of every site."""
+        return tuple(_identity(p) for s in self.specs for p in self.parameters(s) if p is not None)
 
     def check_modules(self, model: nn.Module) -> None:
         """Raise when a module that applies a chosen weight has left the model since conversion.
@@ -239,6 +243,7 @@ class Root:
     def _check(self, state: FastWeightState, batch: int) -> None:
         check_fits(state, self.specs, batch, self.like(self.specs[0]), self.owner())
         state.own()
+        state.follow(self.adapter())
 
     @contextlib.contextmanager
     def running(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[None]:
@@ -370,22 +375,20 @@ def positions_of(cu_seqlens: Tensor, length: int) -> Tensor:
 
 
 def require_boundaries(cu_seqlens: object, rows: Tensor) -> None:
-    """Raise unless ``cu_seqlens`` are boundaries of documents in one row of ``rows [B, T, ..]``.
+    """Raise unless ``cu_seqlens`` are boundaries of documents, the same in every row of ``rows [B, T, ..]``.
 
     Raises:
         PositionError: they are of another shape or type, go down, or do not span the call.
     """
     batch, length = rows.shape[:2]
-    fits = isinstance(cu_seqlens, Tensor) and cu_seqlens.dim() == 1 and not cu_seqlens.is_floating_point()
-    if fits and batch == 1:
-        assert isinstance(cu_seqlens, Tensor)
+    if isinstance(cu_seqlens, Tensor) and cu_seqlens.dim() == 1 and not cu_seqlens.is_floating_point():
         given = cu_seqlens.tolist()
         if len(given) > 1 and given[0] == 0 and given[-1] == length and given == sorted(given):
             return
     said = f"{tuple(cu_seqlens.shape)}" if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
     raise PositionError(
-        f"boundaries of documents ({said}) do not fit a call of {batch} rows of {length} tokens. Pass one "
-        f"row, and integers [0, ..., {length}] in ascending order"
+        f"boundaries of documents ({said}) do not fit a call of {batch} rows of {length} tokens. Pass "
+        f"integers [0, ..., {length}] in ascending order: they hold for every row"
     )
 
 
@@ -397,6 +400,11 @@ def _progress(state: FastWeightState | None, cache: Any) -> tuple[object, ...]:
     layers = getattr(cache, "layers", ()) or ()
     keys = [getattr(layer, "keys", None) for layer in layers]
     return versions, tuple((k.shape, _written(k)) if isinstance(k, Tensor) else None for k in keys)
+
+
+def _identity(x: Tensor) -> tuple[int, int]:
+    """What changes when a weight is replaced or written. Inference tensors do not count that."""
+    return id(x), 0 if x.is_inference() else x._version
 
 
 def _written(x: Tensor) -> object:

@@ -41,6 +41,7 @@ class FastWeightState:
         sites: per site key, its tensors: tables of at least B rows.
         batch: int64 ``[B]``, which row of the tables is sequence b.
         owner: identity of the slow weights it was written on (see :meth:`Root.owner`).
+        adapter: identity of the conv and P of its last call (see :meth:`follow`).
         lost: why the state can no longer be used, after an error in the middle of a call; else None.
     """
 
@@ -51,6 +52,7 @@ class FastWeightState:
         self.sites = sites
         self.batch = batch
         self.owner = owner
+        self.adapter: object = None
         self.lost: str | None = None
         self._sharers: weakref.WeakSet[FastWeightState] = weakref.WeakSet([self])
 
@@ -132,7 +134,7 @@ class FastWeightState:
         with torch.inference_mode(False):
             sites = {k: s._replace(rows=s.rows.clone(), norms=s.norms.clone()) for k, s in self.sites.items()}
             other = FastWeightState(self.specs, sites, self.batch.clone(), self.owner)
-        other.lost = self.lost
+        other.lost, other.adapter = self.lost, self.adapter
         other._sharers = self._sharers
         self._sharers.add(other)
         return other
@@ -150,6 +152,13 @@ class FastWeightState:
             # Only now: a fork that runs in another thread must not take what is being copied for its own.
             self._sharers.discard(self)
             self._sharers = weakref.WeakSet([self])
+
+    def follow(self, adapter: object) -> None:
+        """Before a call: chunks that wait get the v that its conv and P give, not other ones."""
+        if self.adapter != adapter:
+            for site in self.sites.values() if self.revocable else ():
+                site.rows[self.batch, CACHED] = 0
+            self.adapter = adapter
 
     def admit(self, cached: int, tokens: int) -> None:
         """Raise before a call of ``tokens`` more tokens that this state has no room for; a pool's may."""

@@ -16,21 +16,18 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
+from ttt_compiler.serve.body_limit import MAX_BODY, BodyLimit
 from ttt_compiler.serve.errors import (
     CancelledError,
     FailedError,
     InvalidRequestError,
     ServeError,
-    TooLargeError,
     UnknownModelError,
 )
 from ttt_compiler.serve.schemas import Answer, ChatRequest, ForkRequest
 from ttt_compiler.serve.sessions import Sessions, Turn
-
-# Bytes of a request at most: a few books.
-MAX_BODY = 4 * 2**20
 
 
 def build_app(model_name: str, make_sessions: Callable[[], Sessions], *, max_body: int = MAX_BODY) -> FastAPI:
@@ -51,7 +48,7 @@ def build_app(model_name: str, make_sessions: Callable[[], Sessions], *, max_bod
     # Redirects of trailing slashes would be answers without a body.
     app = FastAPI(title="ttt_compiler", lifespan=lifespan, redirect_slashes=False)
     _add_errors(app)
-    app.add_middleware(_Limit, most=max_body)
+    app.add_middleware(BodyLimit, most=max_body)
 
     def sessions() -> Sessions:
         found: Sessions = app.state.sessions
@@ -111,36 +108,6 @@ def build_app(model_name: str, make_sessions: Callable[[], Sessions], *, max_bod
     return app
 
 
-class _Limit:
-    """Reads no more of a body than it may be long, and hands it on when it is whole."""
-
-    def __init__(self, app: ASGIApp, most: int) -> None:
-        self._app, self._most = app, most
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self._app(scope, receive, send)
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
-        body, more = bytearray(), True
-        while more and len(body) <= self._most and int(declared) <= self._most:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return None
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
-        if more or len(body) > self._most:
-            error = TooLargeError(
-                f"the body is longer than {self._most} bytes. Send less, or several requests"
-            )
-            return await JSONResponse(_error_body(error), error.status)(scope, receive, send)
-        whole: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
-
-        async def replay() -> Message:
-            return whole.pop() if whole else await receive()
-
-        return await self._app(scope, replay, send)
-
-
 class _TurnResponse(StreamingResponse):
     """Server-sent events of a turn; a client that goes, at whatever point, cancels it."""
 
@@ -163,7 +130,7 @@ async def _events(turn: Turn, answer: Answer, usage: bool) -> AsyncIterator[str]
         finished = turn.task.result()
     except ServeError as e:
         # The status is long sent; clients take this event for an error.
-        yield _event(_error_body(e))
+        yield _event(e.to_dict())
         return
     yield _event(answer.chunk({}, finished.reply.finish_reason))
     if usage:
@@ -200,26 +167,25 @@ def _add_errors(app: FastAPI) -> None:
     async def refused(_: Request, e: ServeError) -> JSONResponse:
         # OpenAI's client repeats 409 and 5xx by itself, which helps only where waiting does.
         headers = {"x-should-retry": "true" if e.retry else "false"}
-        return JSONResponse(_error_body(e), e.status, headers)
+        return JSONResponse(e.to_dict(), e.status, headers)
 
     @app.exception_handler(RequestValidationError)
     async def malformed(_: Request, e: RequestValidationError) -> JSONResponse:
         first = e.errors()[0]
         where = _place(first, e.body)
         message = first["msg"].removeprefix("Value error, ")
-        return JSONResponse(
-            _error_body(InvalidRequestError(f"{where}: {message}" if where else message, where or None)), 400
-        )
+        error = InvalidRequestError(f"{where}: {message}" if where else message, where or None)
+        return JSONResponse(error.to_dict(), error.status)
 
     @app.exception_handler(HTTPException)
     async def other(request: Request, e: HTTPException) -> JSONResponse:
         message = f"{request.method} {request.url.path}: {e.detail}"
-        return JSONResponse(_error_body(InvalidRequestError(message)), e.status_code, e.headers)
+        return JSONResponse(InvalidRequestError(message).to_dict(), e.status_code, e.headers)
 
     @app.exception_handler(Exception)
     async def failed(_: Request, e: Exception) -> JSONResponse:
         # uvicorn logs the traceback.
-        return JSONResponse(_error_body(FailedError()), 500, {"x-should-retry": "false"})
+        return JSONResponse(FailedError().to_dict(), 500, {"x-should-retry": "false"})
 
 
 def _unknown_model(asked: str, served: str) -> UnknownModelError:
@@ -239,8 +205,3 @@ def _place(error: dict[str, Any], body: Any) -> str:
             continue
         kept.append(str(step))
     return ".".join(kept)
-
-
-def _error_body(e: ServeError) -> dict[str, Any]:
-    kind = "server_error" if e.status >= 500 else "invalid_request_error"
-    return {"error": {"message": str(e), "type": kind, "param": e.param, "code": e.code}}

@@ -157,10 +157,10 @@ class Engine:
             logits = self._forward(session, ids[start : start + self.block])
         out: list[int] = []
         reason: FinishReason = "stop"
-        before = [*read, *ids]
+        before = torch.tensor([[*read, *ids]], device=logits.device)
         while (token := choose(logits, before)) not in self._ends:
             out.append(token)
-            before.append(token)
+            before = torch.cat([before, before.new_tensor([[token]])], -1)
             yield stream.push(token)
             if stream.stopped or len(out) == max_tokens:
                 # The token stays ahead of the session's memory: the next request reads it.

@@ -20,7 +20,8 @@ from ttt_compiler.config import TTTConfig
 from ttt_compiler.conversion import convert
 from ttt_compiler.errors import ConfigError, TTTError
 from ttt_compiler.pretrained import load_pretrained
-from ttt_compiler.serve.app import MAX_BODY, build_app
+from ttt_compiler.serve.app import build_app
+from ttt_compiler.serve.body_limit import MAX_BODY
 from ttt_compiler.serve.conversation import PLAIN, ChatTemplate
 from ttt_compiler.serve.engine import Engine
 from ttt_compiler.serve.sessions import Sessions
@@ -64,7 +65,7 @@ class ServeOptions:
         if self.max_body < 1:
             raise ConfigError(f"max_body={self.max_body} must be at least 1")
         if not 0 <= self.port <= 65535:
-            raise ConfigError(f"port={self.port} must be 1 to 65535, or 0 for any free one")
+            raise ConfigError(f"port={self.port} must lie between 0, for any free one, and 65535")
 
 
 def serve(options: ServeOptions, *, say: Callable[[str], None]) -> None:
@@ -95,7 +96,7 @@ def serve(options: ServeOptions, *, say: Callable[[str], None]) -> None:
             lambda: Sessions(engine, chat, store, options.max_sessions),
             max_body=options.max_body,
         )
-        config = uvicorn.Config(app, access_log=False, timeout_graceful_shutdown=GRACE)
+        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE)
         # Not before: who connects while the model is loaded shall be refused, not kept waiting.
         with _in_words(options.host, options.port):
             listener.listen(config.backlog)
@@ -130,8 +131,8 @@ def _in_words(host: str, port: int) -> Iterator[None]:
     except (OSError, UnicodeError) as e:
         why = getattr(e, "strerror", None) or e
         raise TTTError(
-            f"--host {host} --port {port}: cannot listen there ({why}). Pass an address of this machine and "
-            "a port that nobody uses, or --port 0 for any free one"
+            f"cannot listen on --host {host} --port {port} ({why}). Pass an address of this machine and a "
+            "port that nobody uses, or --port 0 for any free one"
         ) from e
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +39,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "token_healing": (None, False),
 }
 
-Choose = Callable[[Tensor, Sequence[int]], int]
+Choose = Callable[[Tensor, Tensor], int]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Sampling:
     Attributes:
         max_tokens: None for ``MAX_TOKENS``, or what the context has room for.
         temperature: 0 takes the most probable token; more samples, whatever ``do_sample`` says.
-        top_p: of the probability, what may be chosen from.
+        top_p: of the probability, what may be chosen from; samples too, unless the temperature is 0.
         seed: the same seed gives the same tokens on the same session; None is random.
         stop: strings that end the reply.
     """
@@ -98,7 +98,7 @@ class Chooser:
                 raise UnsupportedModelError(f"the model's generation config cannot be used: {e}") from e
 
     def start(self, sampling: Sampling, prompt: int, max_tokens: int) -> Choose:
-        """What chooses the tokens of one reply, from logits ``[1, vocabulary]`` and all tokens before.
+        """What chooses a reply's tokens, from logits ``[1, vocabulary]`` and all tokens before, ``[1, n]``.
 
         Args:
             sampling: what the request asks.
@@ -109,8 +109,8 @@ class Chooser:
         for name in ("temperature", "top_p"):
             if (asked := getattr(sampling, name)) is not None:
                 setattr(config, name, float(asked))
-        # Unset, it is OpenAI's default, which samples.
-        greedy = config.do_sample is False and sampling.temperature is None
+        # Unset, it is OpenAI's default, which samples; so does who asks for a temperature or top_p.
+        greedy = config.do_sample is False and sampling.temperature is None and sampling.top_p is None
         cold = config.temperature is not None and config.temperature < COLD
         config.do_sample = not (greedy or cold)
         config.max_length = prompt + max_tokens
@@ -129,9 +129,8 @@ class Chooser:
         else:
             generator.manual_seed(sampling.seed)
 
-        def choose(logits: Tensor, before: Sequence[int]) -> int:
-            if processors:
-                logits = processors(torch.tensor([before], device=logits.device), logits)
+        def choose(logits: Tensor, before: Tensor) -> int:
+            logits = processors(before, logits)
             if not config.do_sample:
                 return int(logits.argmax(-1))
             return int(torch.multinomial(logits.softmax(-1), 1, generator=generator))

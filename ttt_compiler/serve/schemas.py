@@ -134,7 +134,7 @@ class ChatRequest(_Body):
                 "messages: the last one is an assistant's, so there is nothing to reply to", "messages"
             )
         if len(self.stops) > MAX_STOPS:
-            raise InvalidRequestError(f"stop: {len(self.stops)} strings, {MAX_STOPS} at most", "stop")
+            raise InvalidRequestError(f"stop: at most {MAX_STOPS} strings, not {len(self.stops)}", "stop")
         if any(not s for s in self.stops):
             raise InvalidRequestError("stop: an empty string ends nothing", "stop")
         if self.session is None and self.session_mode != "auto":

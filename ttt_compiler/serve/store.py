@@ -156,7 +156,7 @@ class Store:
             if record.get("name") != name:
                 raise TypeError(f"belongs to the session {record.get('name')!r}")
             if record.pop(CHECKSUM, None) != _checksum(record):
-                raise ValueError("its checksum does not match: it is damaged or was edited")
+                raise ValueError("its checksum does not fit: it is damaged or was edited")
             conversation = _conversation(record, self._vocabulary)
         except SnapshotError as e:
             raise _unreadable(name, str(e).replace(f"{self._folder}{os.sep}", "")) from e

@@ -23,6 +23,7 @@ CHECKED_TORCH = "2.13"
 
 CompileOne = Callable[[Callable[..., Any]], Callable[..., Any]]
 _trampolines = itertools.count()
+_NO_LIMIT = 1 << 30
 # Bound methods that stand for calling the module.
 _DOORS = ("forward", "__call__", "_call_impl", "_wrapped_call_impl")
 _CALLS = ("__call__", "_wrapped_call_impl")
@@ -127,8 +128,18 @@ def own_code(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def capture(fn: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
-    """``fn`` compiled with a callable ``backend``, static shapes, without touching other compiled code."""
-    return torch.compile(own_code(fn), backend=backend, dynamic=False)
+    """``fn`` compiled with a callable ``backend``, static shapes, without touching other compiled code.
+
+    Behind a graph break Dynamo compiles functions that models of one class share, anew for every ``backend``:
+    those must not run into ``recompile_limit``, from which on they would not be captured at all.
+    """
+    compiled = torch.compile(own_code(fn), backend=backend, dynamic=False)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch._dynamo.config.patch(recompile_limit=_NO_LIMIT, accumulated_recompile_limit=_NO_LIMIT):
+            return compiled(*args, **kwargs)
+
+    return call
 
 
 def fork_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
