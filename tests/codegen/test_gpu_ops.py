@@ -87,3 +87,16 @@ def test_a_split_document_is_refused_as_on_cpu():
     require_whole_documents(PACKED)
     with pytest.raises(PositionError):
         scan.chunk_scan(torch.randn(1, 23, F), torch.randn(1, 23, D), torch.randn(D, F), None, split, CHUNK)
+
+
+@pytest.mark.parametrize("sizes", [(0, 5), (1, 0)])
+def test_gradients_of_no_tokens(sizes):
+    """States that no program writes are zeros, whatever lay in their memory."""
+    h, v, dy = torch.randn(*sizes, F), torch.randn(*sizes, D), torch.randn(*sizes, D)
+    w0 = torch.randn(D, F)
+    rest = (None, CHUNK, 1.0, "raise")
+    torch.empty(max(sizes), D, F).fill_(float("nan"))  # what the allocator hands out next
+    ours, theirs = (m.chunk_scan_backward(dy, h, v, w0, *rest) for m in (scan, cpu_scan))
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a, b)
+    assert controls.limit_writes(v, h, torch.tensor(1.0), None, CHUNK, True).shape == v.shape

@@ -107,6 +107,7 @@ class _Border:
         self.chunk, self.length = chunk, length
         self.load = None
         if pos is not None:
+            pos = ir.ExternKernel.realize_input(pos)
             places = memoised("places", pos, chunk, lambda: _places(pos, chunk))
             self.load, self.rows = places.make_loader(), places.get_size()[0]
 

@@ -39,6 +39,8 @@ def chunk_scan(
     h: Any, v: Any, w0: Any, bias: Any, pos: Any, chunk: int, decay: float, on_nonfinite: str
 ) -> Any:
     """IR of ``y [B, T, D]``; the arguments are those of the op."""
+    if _empty(h):
+        return lowerings[_aten.full.default]([*h.get_size()[:2], w0.get_size()[0]], 0, **_like(h))
     only_kernel = pos is not None or on_nonfinite != "raise"
     use = SCAN if decay == 1.0 else DECAY
     plan = _plan(h, v, chunk, use, only_kernel=only_kernel, decays=decay != 1.0)
@@ -55,6 +57,9 @@ def chunk_scan_backward(
     dy: Any, h: Any, v: Any, w0: Any, pos: Any, chunk: int, decay: float, on_nonfinite: str
 ) -> tuple[Any, Any, Any]:
     """IR of the gradients of h, v and w0."""
+    if _empty(h):
+        zeros = (lowerings[_aten.full.default](x.get_size(), 0, **_like(x)) for x in (h, v, w0))
+        return tuple(zeros)
     transposed = realize_inputs(lowerings[_aten.permute.default](w0, [1, 0]))
     outer = (dy, h)
     dy, h, v = rows_contiguous(dy), rows_contiguous(h), rows_contiguous(v)
@@ -137,6 +142,15 @@ def _outer(dy: Any, h: Any) -> Any:
     """``dy^T h`` over all tokens of the batch."""
     rows = [lowerings[_aten.reshape.default](x, [-1, x.get_size()[-1]]) for x in (dy, h)]
     return lowerings[_aten.mm.default](lowerings[_aten.permute.default](rows[0], [1, 0]), rows[1])
+
+
+def _empty(x: Any) -> bool:
+    """Whether x has no elements; Dynamo makes graphs of their own for sizes of zero."""
+    return any(V.graph.sizevars.statically_known_equals(n, 0) for n in x.get_size())
+
+
+def _like(x: Any) -> dict[str, Any]:
+    return {"dtype": x.get_dtype(), "device": x.get_device()}
 
 
 def _to(x: Any, like: Any) -> Any:

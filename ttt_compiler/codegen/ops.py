@@ -15,6 +15,7 @@ no kernel toolchain.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -77,7 +78,9 @@ def _on_gpu(module: str, name: str) -> Callable[..., Any]:
     """A function of ``codegen/gpu`` that is imported when it is first called: it needs triton."""
 
     def call(*args: Any) -> Any:
-        return getattr(importlib.import_module(f"ttt_compiler.codegen.gpu.{module}"), name)(*args)
+        # Triton launches on the current device, wherever the tensors are.
+        with torch.cuda.device_of(args[0]):
+            return getattr(importlib.import_module(f"ttt_compiler.codegen.gpu.{module}"), name)(*args)
 
     return call
 
@@ -126,7 +129,8 @@ def _fast_weight_step(
     else:
         # Not at the top: it needs triton.
         from ttt_compiler.codegen.gpu.step import fast_weight_step as step
-    return step(h, t, w0, bias, conv, proj, pos, _decoded(spec), state, batch)
+    with torch.cuda.device_of(h) if h.is_cuda else contextlib.nullcontext():
+        return step(h, t, w0, bias, conv, proj, pos, _decoded(spec), state, batch)
 
 
 def _chunk_table(pos: Tensor, chunk: int) -> Tensor:

@@ -18,10 +18,13 @@ def uses_triton(x: Any) -> bool:
 
 
 def memoised(what: str, pos: Any, chunk: int, make: Callable[[], Any]) -> Any:
-    """``make()``, once per graph for the same positions: all sites share them."""
+    """``make()``, once per graph for the same positions, which are realized: all sites share them.
+
+    Views of one buffer have its name, so where they lie in it counts too.
+    """
     graph: Any = V.graph
     found = graph.__dict__.setdefault("_ttt_memo", {})
-    key = (what, pos.get_name(), chunk)
+    key = (what, pos.get_name(), str(pos.get_layout()), chunk)
     if key not in found:
         found[key] = make()
     return found[key]

@@ -297,6 +297,23 @@ def cpp_compiler() -> str | None:
     return found
 
 
+def tf32_allowed() -> bool:
+    """Whether fp32 products may be TF32 on CUDA, whichever of torch's two settings said so.
+
+    Checked on 2.13: the new setting follows the legacy one, which cannot be read once the new one was set.
+    """
+    chosen: str = torch.backends.cuda.matmul.fp32_precision
+    return (getattr(torch.backends, "fp32_precision") if chosen == "none" else chosen) == "tf32"  # noqa: B009
+
+
+def mark_static(x: torch.Tensor) -> None:
+    """Tell Dynamo that ``x`` stays where it is, so that a CUDA graph may write it.
+
+    Without a guard: it may be replaced, and then the graph is recorded again. Checked on 2.13.
+    """
+    torch._dynamo.mark_static_address(x, guard=False)
+
+
 def inductor_cache() -> str:
     """The folder of Inductor's on-disk caches; it is made if it is not there. Checked on 2.13."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir

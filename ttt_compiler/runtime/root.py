@@ -244,6 +244,7 @@ class Root:
         check_fits(state, self.specs, batch, self.like(self.specs[0]), self.owner())
         state.own()
         state.follow(self.adapter())
+        state.settle()
 
     @contextlib.contextmanager
     def running(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[None]:

@@ -26,6 +26,7 @@ from ttt_compiler.codegen.layout import (
     cached_rows,
     factored_rows,
 )
+from ttt_compiler.compat import mark_static
 from ttt_compiler.errors import CacheError, CropError
 from ttt_compiler.spec import SiteSpec, state_dtype
 
@@ -54,6 +55,7 @@ class FastWeightState:
         self.owner = owner
         self.adapter: object = None
         self.lost: str | None = None
+        self._settled: dict[str, StateTensors] = {}
         self._sharers: weakref.WeakSet[FastWeightState] = weakref.WeakSet([self])
 
     @classmethod
@@ -159,6 +161,14 @@ class FastWeightState:
             for site in self.sites.values() if self.revocable else ():
                 site.rows[self.batch, CACHED] = 0
             self.adapter = adapter
+
+    def settle(self) -> None:
+        """Before a call: its tensors stay where they are from now on, for CUDA graphs."""
+        for key, site in self.sites.items():
+            if self._settled.get(key) is not site:
+                for x in site:
+                    mark_static(x)
+                self._settled[key] = site
 
     def admit(self, cached: int, tokens: int) -> None:
         """Raise before a call of ``tokens`` more tokens that this state has no room for; a pool's may."""

@@ -79,7 +79,7 @@ def _complete(pos: Tensor | None, chunk: int, length: int, device: torch.device)
 def _gathered(x: Tensor, tokens: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     """``[B, n, C, X]`` of ``[B, T, X]``."""
     rows = x.gather(1, tokens[..., None].expand(-1, -1, x.shape[-1]))
-    return rows.view(rows.shape[0], count, -1, rows.shape[-1]).to(dtype)
+    return rows.view(rows.shape[0], count, rows.shape[1] // count, rows.shape[-1]).to(dtype)
 
 
 def gram_squares(u: Tensor, k: Tensor) -> Tensor:

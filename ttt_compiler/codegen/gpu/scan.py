@@ -13,6 +13,7 @@ from ttt_compiler.codegen.forms import ScanShape
 from ttt_compiler.codegen.kernels.chunk_scan import Carried, chunk_scan_partial
 from ttt_compiler.codegen.kernels.chunk_table import chunk_table, require_whole_documents, skip_nonfinite
 from ttt_compiler.codegen.kernels.tiles import DECAY, GRADIENT, SCAN, Tile
+from ttt_compiler.compat import tf32_allowed
 
 
 def chunk_scan(
@@ -70,7 +71,7 @@ def chunk_scan_backward(
 
 def precision(dtype: torch.dtype) -> str:
     """Of products of operands of ``dtype``: what the user chose for torch's own."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if dtype == torch.float32 and tf32_allowed() else "ieee"
 
 
 def _schedule(q: Tensor, v: Tensor, chunk: int, use: str) -> tuple[Tile, int]:

@@ -4,7 +4,7 @@ The same arguments, result and effects as :mod:`ttt_compiler.codegen.cpu.step`; 
 so the call can be captured into a CUDA graph and replayed at any place of any chunk. It differs in this:
 
 - A chunk with NaN or Inf cannot raise. Its write is left out and SKIPPED grows, whatever ``on_nonfinite``
-  says; the runtime asks :func:`check_written` when it looks at the device anyway.
+  says; ``ttt.stats`` counts it.
 - A factored row that meets a call of several tokens becomes a matrix, ``W0 + V^T H``, and stays one.
 - Which slot or lane a row takes, when it shares one, may differ: rows are served at once, not in order.
 - v of chunks that wait (R > 0) is not kept by calls of several tokens: CACHED is 0 after them.
@@ -24,8 +24,8 @@ from torch import Tensor
 from ttt_compiler.codegen.gpu.decode import decode_step
 from ttt_compiler.codegen.gpu.sequence import sequence_step
 from ttt_compiler.codegen.kernels.decode_plan import MOST_ROWS
-from ttt_compiler.codegen.layout import SKIPPED, StateTensors
-from ttt_compiler.errors import NonFiniteWriteError, UnsupportedDeviceError
+from ttt_compiler.codegen.layout import StateTensors
+from ttt_compiler.errors import UnsupportedDeviceError
 from ttt_compiler.spec import SiteSpec
 
 OPERANDS = (torch.float32, torch.bfloat16, torch.float16)
@@ -68,25 +68,12 @@ def fast_weight_step(
             f"{spec.key} runs in {h.dtype} with a state in {state.w.dtype}: on {h.device.type} there are "
             "kernels for float32, bfloat16 and float16 with a state in float32. Type model.to(torch.bfloat16)"
         )
+    if t.dtype != h.dtype:
+        raise UnsupportedDeviceError(
+            f"{spec.key}: hidden rows are {h.dtype}, target rows {t.dtype}. Kernels take one dtype: convert t"
+        )
     if h.numel() == 0:
         return h.new_empty(h.shape[0], h.shape[1], w0.shape[0])
     run = decode_step if h.shape[1] == 1 and len(state.rows) <= MOST_ROWS else sequence_step
-    return run(h.contiguous(), t.contiguous(), w0, bias, conv, proj, pos, spec, state, batch)
-
-
-def check_written(spec: SiteSpec, state: StateTensors) -> None:
-    """Raise for writes that were left out although the rule says ``"raise"``. Waits for the device.
-
-    Raises:
-        NonFiniteWriteError: naming the site, and the rows of its tables.
-    """
-    if spec.rule.on_nonfinite == "skip":
-        return
-    skipped = state.rows[:, SKIPPED].tolist()
-    if any(skipped):
-        named = ", ".join(f"{n} in row {row}" for row, n in enumerate(skipped) if n)
-        raise NonFiniteWriteError(
-            f"{spec.key}: chunks held NaN or Inf ({named}). They were not written, but these sequences are "
-            "lost: restore the session from a snapshot or reset() it, and lower lr, check the adapter, set "
-            'max_write_norm, or pass on_nonfinite="skip"'
-        )
+    bias = None if bias is None else bias.contiguous()
+    return run(h.contiguous(), t.contiguous(), w0, bias, conv, proj, pos, spec, state, batch.contiguous())

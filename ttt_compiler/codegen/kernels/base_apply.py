@@ -33,11 +33,11 @@ def base_apply_kernel(
 ):
     """One tile of one share; see :func:`base_apply`."""
     i_s = tl.program_id(2)
-    r_m = (tl.program_id(1) * BM + tl.arange(0, BM)).to(tl.int64)
+    r_m = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     m_m = (r_m < M) & (tl.load(need + r_m, mask=r_m < M, other=0) != 0)
     if tl.max(m_m.to(tl.int32), 0) == 0:
         return
-    o64 = (tl.program_id(0) * BO + tl.arange(0, BO)).to(tl.int64)
+    o64 = (tl.program_id(1) * BO + tl.arange(0, BO)).to(tl.int64)
     m_o = o64 < D
     acc = tl.zeros((BM, BO), dtype=tl.float32)
     for start in range(i_s * SPLIT, tl.minimum((i_s + 1) * SPLIT, F), BI):
@@ -87,7 +87,8 @@ def base_apply(
     split = triton.cdiv(triton.cdiv(width, shares), inner) * inner
     shares = triton.cdiv(width, split)
     partial = torch.empty(shares, count, depth, dtype=torch.float32, device=h.device)
-    base_apply_kernel[(triton.cdiv(depth, outer), triton.cdiv(count, tokens), shares)](
+    # Blocks of tokens may be more than the 65,535 that the other axes of a grid take.
+    base_apply_kernel[(triton.cdiv(count, tokens), triton.cdiv(depth, outer), shares)](
         h,
         base,
         need,

@@ -290,6 +290,8 @@ def chunk_scan_partial(
     outer = v.shape[-1]
     partial = torch.empty(groups, batch, length, outer, dtype=torch.float32, device=q.device)
     if partial.numel() == 0:
+        if final is not None:
+            _leave_as_begun(base, init, final)
         return partial
     arguments: dict[str, Any] = scan_constants(
         chunk, tile, inner, groups, decay=decay, reverse=reverse, shared=k is q, precision=precision
@@ -364,6 +366,17 @@ def scan_constants(
         "BI": tile.inner,
         "PRECISION": precision,
     }
+
+
+def _leave_as_begun(base: Tensor | None, init: Carried | None, final: Carried) -> None:
+    """Where there is no token, rows leave what they started from."""
+    if init is not None:
+        begun = init.states[init.slots.long()]
+    elif base is not None:
+        begun = base.expand(len(final.slots), *base.shape)
+    else:
+        begun = torch.zeros(len(final.slots), *final.states.shape[1:], device=final.states.device)
+    final.states[final.slots.long()] = begun.to(final.states.dtype)
 
 
 def naive_chunk_scan(

@@ -160,11 +160,11 @@ def control_kernel(
     factor = tl.where(clipped, norm, 1.0)
     if LIMITED:
         shares = gram + i_n.to(tl.int64) * TILES * TILES
-        square, doubt = gram_square(row, shares, UNIT, TINY, CHUNK, TILES * TILES, CP, GP)
-        if doubt:
-            i = tl.arange(0, SP)
-            shares = exact + i_n.to(tl.int64) * SHARES
-            square = tl.sum(tl.load(shares + i, mask=i < SHARES, other=0.0), 0)
+        square, _ = gram_square(row, shares, UNIT, TINY, CHUNK, TILES * TILES, CP, GP)
+        i = tl.arange(0, SP)
+        shares = tl.load(exact + i_n.to(tl.int64) * SHARES + i, mask=i < SHARES, other=0.0)
+        if tl.min(shares, 0) >= 0.0:
+            square = tl.sum(shares, 0)
         norm = tl.sqrt(square)
         limit = tl.cast(MAX_NORM, tl.float32)
         if RELATIVE:

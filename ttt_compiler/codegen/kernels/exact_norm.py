@@ -74,6 +74,8 @@ def exact_norm_kernel(
     row = squares + i_n.to(tl.int64) * 2 * CHUNK
     _, doubt = gram_square(row, gram + i_n.to(tl.int64) * SHARES, UNIT, TINY, CHUNK, SHARES, CP, GP)
     if not doubt:
+        # Who reads the shares learns it from here: two kernels may round a borderline case differently.
+        tl.store(exact + i_n.to(tl.int64) * PROGRAMS + tl.program_id(0), -1.0)
         return
     tiles_f = (F + BK - 1) // BK
     total = tl.zeros((BK, BK), dtype=tl.float32)
@@ -127,7 +129,7 @@ def exact_norm(
         chunk: C.
 
     Returns:
-        fp32 ``[N, programs]``, to be added up; undefined where the Gram form is trusted.
+        fp32 ``[N, programs]``, to be added up; -1 where the Gram form is trusted.
     """
     count, shares = gram.shape
     exact = torch.empty(count, programs, dtype=torch.float32, device=v.device)

@@ -1,7 +1,8 @@
 """A row that stays factored gets a chunk: its old rows decay, or move with it, and new ones follow.
 
-Programs of rows that write nothing, or a matrix, exit at once. May be changed here: how rows are copied;
-where they stand is :func:`ttt_compiler.codegen.layout.factored_rows`.
+Programs of rows that write nothing, or a matrix, exit at once. Rows that stay in place decay in a launch
+of their own: a row that moves may read the same slot, and programs of one launch run in any order. May be
+changed here: how rows are copied; where they stand is :func:`ttt_compiler.codegen.layout.factored_rows`.
 """
 
 from __future__ import annotations
@@ -31,11 +32,12 @@ def factor_rows_kernel(
     VALUES,
     CHUNK: tl.constexpr,
     DECAY: tl.constexpr,
+    STAYING: tl.constexpr,
     HAS_LANES: tl.constexpr,
     PROGRAMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Every n-th token of one row; see :func:`factor_rows`."""
+    """Every n-th token of one row: old tokens of rows that stay, or all others; see :func:`factor_rows`."""
     i_b = tl.program_id(1).to(tl.int64)
     row = plan + i_b * 14
     if tl.load(row + 9) != 2:
@@ -46,11 +48,17 @@ def factor_rows_kernel(
     first = tl.load(row + 4)
     member = tl.load(row + 12)
     moves = tl.load(row + 2) != tl.load(row + 10)
-    total = folded
-    if tl.load(write_jobs + i_b * 8 + 6) != 0:
-        total += CHUNK
-    r = tl.arange(0, BLOCK)
     token = tl.program_id(0).to(tl.int64)
+    total = folded
+    if STAYING:
+        if moves:
+            return
+    else:
+        if tl.load(write_jobs + i_b * 8 + 6) != 0:
+            total += CHUNK
+        if not moves:
+            token += folded
+    r = tl.arange(0, BLOCK)
     while token < total:
         if token < folded:
             if moves:
@@ -58,7 +66,7 @@ def factor_rows_kernel(
                     m = start + r < F
                     x = tl.load(source + token * F + start + r, mask=m)
                     tl.store(target + token * F + start + r, x, mask=m)
-            if moves | (DECAY != 1.0):
+            if moves | STAYING:
                 for start in range(0, D, BLOCK):
                     m = start + r < D
                     x = tl.load(source + VALUES + token * D + start + r, mask=m)
@@ -104,25 +112,27 @@ def factor_rows(
     """
     slots, d, f = state.w.shape
     rows = state.w.view(-1).view(state.tail_h.dtype)
-    factor_rows_kernel[(programs, len(plan))](
-        rows,
-        state.tail_h,
-        state.lanes,
-        v,
-        plan,
-        write_jobs,
-        d,
-        f,
-        state.capacity,
-        rows.numel() // slots,
-        factored_capacity(d, f) * f,
-        CHUNK=chunk,
-        DECAY=decay,
-        HAS_LANES=state.lanes.shape[1] > 0,
-        PROGRAMS=programs,
-        BLOCK=1024,
-        num_warps=4,
-    )
+    for staying in (False, True) if decay != 1.0 else (False,):
+        factor_rows_kernel[(programs, len(plan))](
+            rows,
+            state.tail_h,
+            state.lanes,
+            v,
+            plan,
+            write_jobs,
+            d,
+            f,
+            state.capacity,
+            rows.numel() // slots,
+            factored_capacity(d, f) * f,
+            CHUNK=chunk,
+            DECAY=decay,
+            STAYING=staying,
+            HAS_LANES=state.lanes.shape[1] > 0,
+            PROGRAMS=programs,
+            BLOCK=1024,
+            num_warps=4,
+        )
 
 
 def naive_factor_rows(

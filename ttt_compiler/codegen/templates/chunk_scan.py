@@ -24,6 +24,7 @@ from torch._inductor.virtualized import V
 
 from ttt_compiler.codegen.choose import ScanPlan
 from ttt_compiler.codegen.kernels.chunk_scan import chunk_scan_kernel, scan_constants
+from ttt_compiler.codegen.kernels.chunk_table import chunk_table
 from ttt_compiler.codegen.templates.from_kernel import template_source
 
 _aten = torch.ops.aten
@@ -137,11 +138,21 @@ def partial_scan(
         )
         if error is not None:
             raise error
-    node, _ = autotune_select_algorithm("ttt_chunk_scan", choices, inputs, layout)
+    # Measured on chunks of the usual length: Inductor's own example has none, and the kernel nothing to do.
+    made = None if table is None else {inputs.index(table): functools.partial(_example_table, chunk=chunk)}
+    node, _ = autotune_select_algorithm("ttt_chunk_scan", choices, inputs, layout, input_gen_fns=made)
     if plan.groups * min(t.inner for t in plan.tiles) < deep:
         # Programs add to what they stored: nothing may be done to it in between. Checked on torch 2.13.
         node.data.data.allow_epilogue_fusion = False
     return node
+
+
+def _example_table(table: Any, chunk: int) -> torch.Tensor:
+    """A table of chunks like ``table``'s, of documents as long as the call."""
+    hint = V.graph.sizevars.optimization_hint
+    rows, _, columns = (hint(n) for n in table.get_size())
+    pos = torch.arange(columns - 2, device=table.get_device()).expand(rows, -1)
+    return chunk_table(pos, chunk)
 
 
 def summed(partial: Any, dtype: torch.dtype, *terms: Any) -> Any:
