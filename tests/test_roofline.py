@@ -133,7 +133,8 @@ def test_plan_covers_every_model_length_and_device(plan):
         (model, tokens, device.name) for model in PRESETS for tokens in CONTEXTS for device in DEVICES
     }
     for row in plan.rows:
-        assert 0 < row.prefill.percent < 20
+        # Tiles for running sequences are small there, and re-read h for every one of them.
+        assert 0 < row.prefill.percent < (100 if row.device in ("B200", "MI300X") else 20)
         assert 0 < row.decode.percent < 10
         assert 0 < row.training.percent < 20
         # Memory is what the stacked form pays with, whatever its time.

@@ -16,16 +16,15 @@ import torch
 from torch import nn
 
 from ttt_compiler.codegen import decode_cost, forms, forms_cpu, training_cost
+from ttt_compiler.codegen.choose import predicted
 from ttt_compiler.codegen.cost_model import Choice, linear_parameters, rank_scan_configs
 from ttt_compiler.codegen.decode_cost import DecodeShape
 from ttt_compiler.codegen.devices import Device
 from ttt_compiler.codegen.forms import ScanShape
-from ttt_compiler.codegen.on_chip import default_configs
+from ttt_compiler.codegen.kernels.tiles import GRADIENT, RUNNING, SCAN
 from ttt_compiler.codegen.phases import Cost, Phase, cost_of
 from ttt_compiler.spec import SiteSpec
 
-# The forms that the package has, or is about to have, a lowering for; others are shown for comparison.
-BUILT = ("on_chip", "two_gemm", "recurrent")
 # Kernels per layer and token of a compiled model's decode step.
 _DECODE_KERNELS = 10
 # Attention's backward makes five products where its forward makes two.
@@ -195,10 +194,11 @@ def static_training(model: ModelShape, tokens: int, device: Device, *, batch: in
 
 
 @functools.cache
-def ours(shape: ScanShape, device: Device) -> Choice:
-    """The fastest form that the package has or is about to have."""
-    ranked = rank_scan_configs(shape, device, default_configs(device))
-    return next(choice for choice in ranked if choice.form in BUILT)
+def ours(shape: ScanShape, device: Device, use: str, form: str = "on_chip") -> Choice:
+    """What the package runs for a scan: see :func:`ttt_compiler.codegen.choose.predicted`."""
+    if device.overlaps:
+        return predicted(device, use, shape, form)
+    return next(choice for choice in rank_scan_configs(shape, device, ()) if choice.form == "recurrent")
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,7 @@ def prefill(
         shape = site.scan(tokens, batch, model.dtype, final=True)
         values = _seconds(forms.values(shape, device, d_target=site.d_target, proj=site.proj), device)
         base = _seconds(_static(shape, device), device)
-        choice = ours(shape, device)
+        choice = ours(shape, device, RUNNING)
         names[named(choice)] = None
         seconds += site.count * (choice.cost.seconds + values - base)
         stacked += site.count * (_seconds(forms.stacked_cumsum(shape, device), device) + values - base)
@@ -285,9 +285,14 @@ def training(
             training_cost.values_step(shape, device, d_target=site.d_target, proj=site.proj), device
         )
         base = _seconds(training_cost.static_step(shape, device), device)
-        phases, needed = training_cost.our_step(shape, device, _scan)
+        # The three scans of a backward have one form.
+        steps = [
+            training_cost.our_step(shape, device, functools.partial(_scan, form=form))
+            for form in ("on_chip", "two_gemm")
+        ]
+        phases, needed = min(steps, key=lambda step: _seconds(step[0], device))
         official, stack = training_cost.stacked_step(shape, device)
-        names[ours(shape, device).form] = None
+        names[ours(shape, device, SCAN).form] = None
         seconds += site.count * (_seconds(phases, device) + values - base)
         stacked += site.count * (_seconds(official, device) + values - base)
         saved += site.count * training_cost.saved_bytes(shape)
@@ -307,8 +312,9 @@ def named(choice: Choice) -> str:
     return f"{choice.form} {c.bm}x{c.bd}x{c.bf} S{c.groups}"
 
 
-def _scan(shape: ScanShape, device: Device) -> tuple[tuple[Phase, ...], int]:
-    choice = ours(shape, device)
+def _scan(shape: ScanShape, device: Device, form: str) -> tuple[tuple[Phase, ...], int]:
+    # Gradients have operands of their own, or leave a state.
+    choice = ours(shape, device, GRADIENT if shape.apart or shape.final else SCAN, form)
     return choice.phases, choice.workspace
 
 

@@ -18,11 +18,11 @@ from ttt_compiler.codegen import forms
 from ttt_compiler.codegen.cost_model import rank_scan_configs
 from ttt_compiler.codegen.devices import DEVICES, H100, Device
 from ttt_compiler.codegen.forms import ScanShape
-from ttt_compiler.codegen.on_chip import default_configs
+from ttt_compiler.codegen.kernels.tiles import RUNNING
 from ttt_compiler.codegen.phases import cost_of
 from ttt_compiler.config import TTTConfig
 from ttt_compiler.errors import ConfigError
-from ttt_compiler.model_cost import Added, decode, named, prefill, training
+from ttt_compiler.model_cost import Added, decode, named, ours, prefill, training
 from ttt_compiler.planned import Planned, planned_model
 from ttt_compiler.published import STUDIES, Compared, Study, compare
 
@@ -172,7 +172,8 @@ def sweep(planned: Planned, device: Device, *, tokens: int = 32768) -> tuple[Swe
         shape = ScanShape(tokens, site.d_model, site.d_ff, chunk, 1, planned.shape.dtype, final=True)
         base = cost_of(forms.static(shape, device), device).seconds
         best: dict[str, tuple[str, float, str, str]] = {}
-        for choice in rank_scan_configs(shape, device, default_configs(device)):
+        choices = [ours(shape, device, RUNNING), *rank_scan_configs(shape, device, ())]
+        for choice in choices:
             label = named(choice).partition(" ")[2]
             best.setdefault(choice.form, (choice.form, choice.cost.seconds / base, choice.cost.limit, label))
         stacked = cost_of(forms.stacked_cumsum(shape, device), device)

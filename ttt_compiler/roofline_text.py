@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ttt_compiler.model_cost import BUILT, Added
+from ttt_compiler.model_cost import Added
 
 if TYPE_CHECKING:
     from ttt_compiler.codegen.devices import Device
@@ -32,8 +32,11 @@ _READING = """## How to read it
 - *static* is the base model, compiled: every weight matrix, attention over the whole context, keys and
   values, pointwise traffic. Decode is one token per sequence, launched as one recorded graph. Training is
   forward and backward, without recomputation and optimiser.
-- *ours* is the time that fast weights add, in percent of static: convolution, P, and the faster of the forms
-  that the package has or is about to have ({built}). Its prefill keeps the state, in fp32.
+- *ours* is the time that fast weights add, in percent of static: convolution, P, and the scans as the package
+  runs them. A prefill keeps the state, in fp32: that is always our kernel (`on_chip`), as is a call with
+  documents. A training forward takes the fastest of `on_chip`, `two_gemm` and `dual`, its gradients one of
+  the first two. Where `two_gemm` is far below `on_chip` in the table by chunk length, a running sequence
+  would gain from it: that is not built.
 - *stacked* is the official training form: all chunks' weights in memory, summed in bf16. It leaves no state
   to go on from, so as a prefill it stands here for comparison alone.
 - *form*: `on_chip` is our kernel (a tile of W stays in registers for the whole scan; BM x BD x BF, S groups),
@@ -47,11 +50,10 @@ _READING = """## How to read it
 def render(plan: Roofline) -> str:
     """The whole page."""
     layers, chunk = plan.config.layers, plan.config.chunk_size
-    built = ", ".join(f"`{form}`" for form in BUILT if form in _FORMS)
     parts = [
         _HEAD,
         f"Fast weights in layers `{layers}`, C = {chunk:,}, bf16, P {'on' if plan.config.proj else 'off'}.\n",
-        _READING.format(built=built),
+        _READING,
         *_devices(plan.devices),
         *_tables(plan),
         *_sweeps(plan.sweeps),
@@ -157,17 +159,16 @@ def _sweeps(sweeps: Sequence[Sweep]) -> list[str]:
             form: (ratio, f"{ratio:.2f} {limit} {label}".rstrip())
             for form, ratio, limit, label in sweep.ratios
         }
-        least = min(ratio for form, (ratio, _) in ratios.items() if form in BUILT)
         cells = []
         for form in _FORMS:
-            ratio, text = ratios.get(form, (0.0, "as two_gemm"))
-            cells.append(f"**{text}**" if form in BUILT and ratio == least else text)
+            _, text = ratios.get(form, (0.0, "as two_gemm"))
+            cells.append(text)
         rows.append((sweep.model, f"{sweep.chunk:,}", *cells))
     return [
         "## Which form, by chunk length\n",
         "One site's forward scan over 32k tokens on an H100 with the state kept, as a multiple of the\n"
-        "static projection's time, and what binds. Bold: the fastest that the package has or is about to\n"
-        "have. `dual` with its best span; the stacked form keeps no state.\n",
+        "static projection's time, and what binds: `on_chip` as a running sequence runs it. `dual` with its\n"
+        "best span; the stacked form keeps no state.\n",
         table(("model", "C", *_FORMS), rows),
     ]
 

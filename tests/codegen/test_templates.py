@@ -175,6 +175,21 @@ def test_library_products(monkeypatch, dtype, decay, span):
         assert_within_budget(y, plain, exact([x.double() for x in xs], None, 8, decay))
 
 
+@pytest.mark.parametrize("decay", [1.0, 0.9])
+def test_gradients_by_library_products(monkeypatch, decay):
+    from ttt_compiler.codegen import lowering_gpu
+
+    monkeypatch.setattr(lowering_gpu, "gradient_form", lambda *_: "library")
+    xs = [x.requires_grad_() for x in operands(torch.float32)]
+    wide = [x.detach().double().requires_grad_() for x in xs]
+    compiled = torch.compile(layer)
+    _, codes = run_and_get_code(lambda: compiled(*xs, None, 8, decay, "raise").sum().backward())
+    assert "chunk_scan_backward_library" in codes[1]
+    exact(wide, None, 8, decay).sum().backward()
+    for x, w in zip(xs, wide, strict=True):
+        assert relative_error(x.grad, w.grad) < 1e-5
+
+
 def code_of(xs, **kwargs):
     with torch.no_grad():
         return run_and_get_code(torch.compile(layer), *xs, None, 8, 1.0, "raise", **kwargs)[1][0]

@@ -1,4 +1,4 @@
-"""What CUDA graphs ask of a running state, seen without a device: all that a call writes stays where it is."""
+"""What CUDA graphs ask of a running state, seen without a device: what a call writes stays where it is."""
 
 from __future__ import annotations
 

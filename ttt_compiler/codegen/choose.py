@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 import torch
 
-from ttt_compiler.codegen.cost_model import rank_scan_configs
+from ttt_compiler.codegen.cost_model import Choice, rank_scan_configs
 from ttt_compiler.codegen.devices import DEVICES, Device, device_of
 from ttt_compiler.codegen.forms import ScanShape
-from ttt_compiler.codegen.kernels.tiles import INTERPRETED, Tile, architecture, shipped
+from ttt_compiler.codegen.kernels.tiles import GRADIENT, INTERPRETED, RUNNING, Tile, architecture, shipped
 from ttt_compiler.codegen.on_chip import ScanConfig
+from ttt_compiler.codegen.training_cost import backward_scans
 
 # Tiles that are measured against each other under max-autotune.
 MOST_CHOICES = 6
@@ -67,12 +68,7 @@ def scan_plan(
 @functools.lru_cache(maxsize=1024)
 def _plan(model: Device, arch: str, use: str, shape: ScanShape, forms: tuple[str, ...]) -> ScanPlan:
     tiles = {t.schedule: t for t in shipped(arch, shape.dtype, use)}
-    configs = [
-        ScanConfig(t.tokens, t.outer, t.inner, t.warps, groups, t.stages)
-        for t in tiles.values()
-        for groups in t.group_choices(shape.d_ff)
-    ]
-    ranked = [c for c in rank_scan_configs(shape, model, configs) if c.form in forms]
+    ranked = _ranked(model, arch, use, shape, forms)
     best = ranked[0]
     if best.config is None:
         span = shape.chunk if best.span is None else best.span
@@ -84,6 +80,56 @@ def _plan(model: Device, arch: str, use: str, shape: ScanShape, forms: tuple[str
         if c is not None and c.groups == groups:
             chosen[tiles[c.bm, c.bd, c.bf, c.warps, c.stages]] = None
     return ScanPlan("on_chip", tuple(chosen)[:MOST_CHOICES], groups, shape.chunk, best.cost.seconds)
+
+
+def gradient_form(device: torch.device, shape: ScanShape) -> str:
+    """``"on_chip"`` or ``"library"``: how the scans of a backward without documents are run.
+
+    Args:
+        device: where.
+        shape: of the forward.
+    """
+    if device.type == "cpu":
+        return "on_chip"
+    arch = architecture(device)
+    return _gradient_form(_model_of(torch.cuda.get_device_name(device), arch), shape)
+
+
+@functools.lru_cache(maxsize=1024)
+def _gradient_form(model: Device, shape: ScanShape) -> str:
+    seconds = {
+        form: sum(predicted(model, GRADIENT, part, form).cost.seconds for part in backward_scans(shape))
+        for form in ("on_chip", "two_gemm")
+    }
+    return "library" if seconds["two_gemm"] < seconds["on_chip"] else "on_chip"
+
+
+def predicted(model: Device, use: str, shape: ScanShape, form: str = "on_chip") -> Choice:
+    """What a scan on a device becomes here, with its predicted time; for plans without the device.
+
+    Args:
+        model: of a GPU.
+        use: ``SCAN`` for a forward without a state, ``GRADIENT``, or ``RUNNING`` for a running sequence.
+        shape: of the scan.
+        form: of gradients, whose three scans have the same: ``"on_chip"`` or ``"two_gemm"``.
+    """
+    if use == RUNNING:
+        tile = shipped(model.arch, shape.dtype, use)[0]
+        groups = tile.groups(shape.d_model, shape.d_ff, -(-model.sms // shape.batch))
+        return next(c for c in rank_scan_configs(shape, model, [_config(tile, groups)]) if c.config)
+    forms = (form,) if use == GRADIENT else ("on_chip", "two_gemm", "dual")
+    return _ranked(model, model.arch, use, shape, forms)[0]
+
+
+def _ranked(model: Device, arch: str, use: str, shape: ScanShape, forms: tuple[str, ...]) -> list[Choice]:
+    configs = [
+        _config(t, groups) for t in shipped(arch, shape.dtype, use) for groups in t.group_choices(shape.d_ff)
+    ]
+    return [c for c in rank_scan_configs(shape, model, configs) if c.form in forms]
+
+
+def _config(tile: Tile, groups: int) -> ScanConfig:
+    return ScanConfig(tile.tokens, tile.outer, tile.inner, tile.warps, groups, tile.stages)
 
 
 def _model_of(name: str, arch: str) -> Device:

@@ -13,6 +13,7 @@ its write out. May be changed here: how the scans are put together. Checked on t
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch._inductor.lowering import fallback_handler, lowerings
 from torch._inductor.select_algorithm import ExternKernelChoice, realize_inputs
 from torch._inductor.virtualized import V
 
-from ttt_compiler.codegen.choose import ScanPlan, scan_plan
+from ttt_compiler.codegen.choose import ScanPlan, gradient_form, scan_plan
 from ttt_compiler.codegen.forms import ScanShape
 from ttt_compiler.codegen.gpu.library import chunk_scan_library
 from ttt_compiler.codegen.gpu.scan import precision
@@ -32,6 +33,9 @@ from ttt_compiler.codegen.templates.chunk_scan import partial_scan, rows_contigu
 _aten = torch.ops.aten
 _library = ExternKernelChoice(chunk_scan_library, name="ttt_chunk_scan_library")
 _skip = fallback_handler(torch.ops.ttt.skip_nonfinite.default, add_to_fallback_set=False)
+_backward_library = fallback_handler(
+    torch.ops.ttt.chunk_scan_backward_library.default, add_to_fallback_set=False
+)
 _table = fallback_handler(torch.ops.ttt.chunk_table.default, add_to_fallback_set=False)
 
 
@@ -60,6 +64,10 @@ def chunk_scan_backward(
     if _empty(h):
         zeros = (lowerings[_aten.full.default](x.get_size(), 0, **_like(x)) for x in (h, v, w0))
         return tuple(zeros)
+    free = pos is None and on_nonfinite == "raise"
+    if free and gradient_form(h.get_device(), _shape(h, v, chunk)) == "library":
+        rows = (ir.ExternKernel.require_contiguous(x) for x in (dy, h, v))
+        return tuple(_backward_library(*rows, realize_inputs(w0), chunk, decay))
     transposed = realize_inputs(lowerings[_aten.permute.default](w0, [1, 0]))
     outer = (dy, h)
     dy, h, v = rows_contiguous(dy), rows_contiguous(h), rows_contiguous(v)
@@ -96,19 +104,14 @@ def _plan(
     decays: bool = False,
 ) -> ScanPlan:
     """What the cost model says of this scan; of lengths that vary, for the length seen first."""
-    hint = V.graph.sizevars.optimization_hint
-    batch, length, inner = (hint(x) for x in q.get_size())
-    shape = ScanShape(
-        tokens=max(length, 1),
-        d_model=hint(v.get_size()[-1]),
-        d_ff=inner,
-        chunk=chunk,
-        batch=max(batch, 1),
-        dtype=q.get_dtype(),
-        final=final,
-        apart=apart,
-    )
+    shape = replace(_shape(q, v, chunk), final=final, apart=apart)
     return scan_plan(q.get_device(), use, shape, only_kernel=only_kernel, decays=decays)
+
+
+def _shape(q: Any, v: Any, chunk: int) -> ScanShape:
+    hint = V.graph.sizevars.optimization_hint
+    batch, length, inner = (max(hint(x), 1) for x in q.get_size())
+    return ScanShape(length, hint(v.get_size()[-1]), inner, chunk, batch, q.get_dtype())
 
 
 def _by_library(h: Any, v: Any, w0: Any, bias: Any, chunk: int, span: int, decay: float) -> Any:

@@ -29,6 +29,7 @@ from ttt_compiler.codegen.cpu import controls as cpu_controls
 from ttt_compiler.codegen.cpu import conv as cpu_conv
 from ttt_compiler.codegen.cpu import scan as cpu_scan
 from ttt_compiler.codegen.cpu import step as cpu_step
+from ttt_compiler.codegen.gpu.library import chunk_scan_backward_library
 from ttt_compiler.codegen.kernels.chunk_table import (
     chunk_places,
     chunk_table,
@@ -66,6 +67,10 @@ _lib.define(
 _lib.define(
     "chunk_scan_backward(Tensor dy, Tensor h, Tensor v, Tensor w0, Tensor? pos, int chunk, float decay=1.0, "
     "str on_nonfinite='raise') -> (Tensor, Tensor, Tensor)"
+)
+_lib.define(
+    "chunk_scan_backward_library(Tensor dy, Tensor h, Tensor v, Tensor w0, int chunk, float decay) "
+    "-> (Tensor, Tensor, Tensor)"
 )
 _lib.define(
     "fast_weight_step(Tensor h, Tensor t, Tensor w0, Tensor? bias, Tensor conv, Tensor? proj, Tensor? pos, "
@@ -145,6 +150,7 @@ _lib.impl("site", _site, "CompositeExplicitAutograd")
 _lib.impl("chunk_table", _chunk_table, "CompositeExplicitAutograd")
 _lib.impl("skip_nonfinite", skip_nonfinite, "CompositeExplicitAutograd")
 _lib.impl("chunk_places", chunk_places, "CompositeExplicitAutograd")
+_lib.impl("chunk_scan_backward_library", chunk_scan_backward_library, "CompositeExplicitAutograd")
 _lib.impl("chunk_conv", cpu_conv.chunk_conv, "CPU")
 _lib.impl("chunk_conv_dweight", cpu_conv.chunk_conv_dweight, "CPU")
 _lib.impl("limit_writes", cpu_controls.limit_writes, "CPU")
@@ -186,6 +192,13 @@ def require_kernels(device: torch.device, where: str) -> None:
 @torch.library.register_fake("ttt::site", lib=_lib)
 def _(x: Tensor, *_: object) -> Tensor:
     return torch.empty_like(x)
+
+
+@torch.library.register_fake("ttt::chunk_scan_backward_library", lib=_lib)
+def _(
+    dy: Tensor, h: Tensor, v: Tensor, w0: Tensor, chunk: int, decay: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(h), torch.empty_like(v), w0.new_empty(w0.shape)
 
 
 @torch.library.register_fake("ttt::chunk_table", lib=_lib)

@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ttt_compiler.codegen.choose import scan_plan
+from ttt_compiler.codegen.choose import gradient_form, scan_plan
 from ttt_compiler.codegen.forms import ScanShape
+from ttt_compiler.codegen.gpu.library import chunk_scan_backward_library
 from ttt_compiler.codegen.kernels.chunk_scan import Carried, chunk_scan_partial
 from ttt_compiler.codegen.kernels.chunk_table import chunk_table, require_whole_documents, skip_nonfinite
 from ttt_compiler.codegen.kernels.tiles import DECAY, GRADIENT, SCAN, Tile
@@ -48,6 +49,8 @@ def chunk_scan_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`ttt_compiler.codegen.cpu.scan.chunk_scan_backward`."""
     dy, h, v = dy.contiguous(), h.contiguous(), v.contiguous()
+    if pos is None and on_nonfinite == "raise" and gradient_form(h.device, _shape(h, v, chunk)) == "library":
+        return chunk_scan_backward_library(dy, h, v, w0, chunk, decay)
     table = _chunks(pos, chunk, v, h, on_nonfinite)
     exact = precision(h.dtype)
 
@@ -75,10 +78,13 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def _schedule(q: Tensor, v: Tensor, chunk: int, use: str) -> tuple[Tile, int]:
-    batch, length, inner = q.shape
-    shape = ScanShape(max(length, 1), v.shape[-1], inner, chunk, max(batch, 1), q.dtype)
-    plan = scan_plan(q.device, use, shape, only_kernel=True)
+    plan = scan_plan(q.device, use, _shape(q, v, chunk), only_kernel=True)
     return plan.tiles[0], plan.groups
+
+
+def _shape(q: Tensor, v: Tensor, chunk: int) -> ScanShape:
+    batch, length, inner = q.shape
+    return ScanShape(max(length, 1), v.shape[-1], inner, chunk, max(batch, 1), q.dtype)
 
 
 def _chunks(pos: Tensor | None, chunk: int, v: Tensor, h: Tensor, on_nonfinite: str) -> Tensor | None:
