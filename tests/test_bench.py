@@ -36,3 +36,23 @@ def test_no_number_from_a_wrong_result():
     assert gpu.gate(gpu.loop, args)["ours"] < 1e-5
     with pytest.raises(AssertionError, match="no timing"):
         gpu.gate(wrong, args)
+
+
+def test_every_shape_is_timed_compiled():
+    """Dynamo compiles one function for eight shapes at most, and then runs it as it is."""
+    compiled = []
+    make = torch.compile
+
+    def counting(fn, **kwargs):
+        def backend(graph, inputs):
+            compiled.append(fn.__name__)
+            return graph
+
+        return make(fn, backend=backend, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", counting)
+        for f in (32, 48, 64, 80):
+            before = compiled.count("ours")
+            gpu.one_layer((16, f, 40, 8), torch.float32, torch.device("cpu"), 2)
+            assert compiled.count("ours") - before >= 3

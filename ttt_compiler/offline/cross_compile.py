@@ -21,6 +21,7 @@ from unittest import mock
 
 import torch
 
+from ttt_compiler.codegen.kernels.decode_plan import MOST_ROWS
 from ttt_compiler.codegen.kernels.tiles import DECAY, GRADIENT, RUNNING, SCAN, SHIPPED
 from ttt_compiler.compat import assembler, launches
 from ttt_compiler.offline.targets import TARGETS, Target
@@ -55,8 +56,8 @@ SEQUENCES = (
     (WriteRule(), 0, False),
     (WriteRule(keys="unit", max_norm=1.0, decay=0.99), 32, True),
 )
-# Rows and tokens of a call. One token of many rows is a matrix product.
-CALLS = ((4, 1), (48, 1), (4, 100))
+# Rows and tokens of a call. One token of many rows, as many as it can have, is a matrix product.
+CALLS = ((4, 1), (MOST_ROWS, 1), (4, 100))
 
 
 @dataclass(frozen=True)

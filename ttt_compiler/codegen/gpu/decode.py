@@ -61,7 +61,7 @@ def decode_step(
     append_tail(h, state.tail_h, token, entry)
     append_tail(t, state.tail_t, token, entry)
 
-    programs, blocks = programs_per_row(h), blocks_for(h)
+    programs, blocks = programs_per_row(h), blocks_for(h, state.tail_h)
     conv = conv.contiguous()
 
     def values(v: Tensor, *, cache: bool) -> Tensor:

@@ -45,12 +45,17 @@ def groups_for(x: Tensor, tile: Tile, outer: int) -> int:
     return tile.groups(outer, x.shape[2], -(-programs // rows))
 
 
-def blocks_for(x: Tensor) -> Blocks:
-    """How v of one chunk is shared out."""
+def blocks_for(x: Tensor, kept: Tensor) -> Blocks:
+    """How v of one chunk is shared out.
+
+    Args:
+        x: operands.
+        kept: tokens of the tail, wider than x under autocast.
+    """
     programs = programs_per_row(x)
     if interpreted(x):
         return Blocks(16, 32, 32, programs, 4)
-    edge = block_for(x)
+    edge = block_for(x if x.dtype.itemsize >= kept.dtype.itemsize else kept)
     return Blocks(edge, edge, edge, programs, warps_for(x))
 
 

@@ -10,7 +10,7 @@ so the call can be captured into a CUDA graph and replayed at any place of any c
 - v of chunks that wait (R > 0) is not kept by calls of several tokens: CACHED is 0 after them.
 - With an all-zero convolution nothing is written, but products with W0 are computed by our kernels: equal to
   the base model up to the order of sums, not bit for bit. With ``lr = 0`` they are the base model's own.
-- Tables of more than 256 rows are served by the path of several tokens, whatever T is.
+- Tables of more than 128 rows are served by the path of several tokens, whatever T is.
 - W is kept in fp32 and rounded to the operands' dtype where it is applied, in every path.
 
 May be changed here: what is refused, and which path serves a call.

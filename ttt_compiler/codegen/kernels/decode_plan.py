@@ -37,8 +37,8 @@ COLUMNS = 14
 
 # Forms of a write.
 NONE, DENSE, ROWS = range(3)
-# Beyond that many rows a program's tables do not fit.
-MOST_ROWS = 256
+# Beyond that many rows a program's tables do not fit its registers.
+MOST_ROWS = 128
 
 
 @triton.jit
