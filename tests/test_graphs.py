@@ -108,6 +108,8 @@ def test_a_rewritten_graph_compiles(backend):
 @pytest.mark.slow
 def test_a_rewritten_program_is_packaged_ahead_of_time(tmp_path):
     """AOTInductor: one package for any length, loaded by a process that has the ops and nothing else."""
+    import ttt_compiler.codegen.lowering  # noqa: F401  (as after any use of the backend)
+
     tokens = torch.export.Dim("tokens", min=2, max=64)
     graph = models.randomize(ttt.rewrite(captured("export dynamic", build(), inputs()), CONFIG))
     x = {n: inputs(n) for n in (2, 11, 23)}

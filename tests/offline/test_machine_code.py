@@ -53,15 +53,17 @@ def test_gates_are_gates():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "dtype"), [("sm_90", "bfloat16"), ("sm_80", "float16"), ("sm_100", "float32")]
+    ("name", "dtype", "gradients"),
+    # Where library products are predicted to be faster, gradients have no kernel of ours.
+    [("sm_90", "bfloat16", 3), ("sm_80", "float16", 3), ("sm_100", "float32", 0)],
 )
-def test_a_training_step_of_llama_compiles(name, dtype):
+def test_a_training_step_of_llama_compiles(name, dtype, gradients):
     done = run("whole_graphs", "--target", name, "--dtype", dtype)
     assert done.returncode == 0, done.stderr[-3000:]
     kernels = json.loads(done.stdout)
     ours = [k for k in kernels if k["ours"]]
     # Layers share their kernels: one of the forward pass, three of the backward pass.
-    assert [k["graph"] for k in ours] == ["forward", "backward", "backward", "backward"]
+    assert [k["graph"] for k in ours] == ["forward"] + ["backward"] * gradients
     assert not any(k["spilled"] for k in ours)
     assert len(kernels) > 20
     if dtype != "float32":

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._inductor import ir
 from torch._inductor.lowering import fallback_handler, register_lowering
 from torch._inductor.select_algorithm import ExternKernelChoice
+from torch._inductor.virtualized import V
 
 from ttt_compiler.codegen import lowering_conv as lowering_conv
 from ttt_compiler.codegen import ops as ttt_ops  # noqa: F401  (the ops must exist)
@@ -26,6 +27,7 @@ from ttt_compiler.codegen.target import uses_triton
 
 _scan_op = torch.ops.ttt.chunk_scan.default
 _backward_op = torch.ops.ttt.chunk_scan_backward.default
+_scan_fallback = fallback_handler(_scan_op, add_to_fallback_set=False)
 _backward_fallback = fallback_handler(_backward_op, add_to_fallback_set=False)
 
 
@@ -66,6 +68,9 @@ def _lower_chunk_scan(
         from ttt_compiler.codegen import lowering_gpu
 
         return lowering_gpu.chunk_scan(h, v, w0, bias, pos, chunk, decay, on_nonfinite)
+    if V.graph.cpp_wrapper:
+        # A graph without Python (AOTInductor) finds the op by its name.
+        return _scan_fallback(h, v, w0, bias, pos, chunk, decay, on_nonfinite)
     h, v = (ir.ExternKernel.require_contiguous(x) for x in (h, v))
     inputs = [ir.ExternKernel.realize_input(x) for x in (h, v, w0, bias, pos) if x is not None]
     batch, length, _ = h.get_size()

@@ -45,7 +45,8 @@ def chunk_scan(
     """IR of ``y [B, T, D]``; the arguments are those of the op."""
     if _empty(h):
         return lowerings[_aten.full.default]([*h.get_size()[:2], w0.get_size()[0]], 0, **_like(h))
-    only_kernel = pos is not None or on_nonfinite != "raise"
+    # Without Python (AOTInductor) there is nobody to call the library form.
+    only_kernel = pos is not None or on_nonfinite != "raise" or bool(V.graph.cpp_wrapper)
     use = SCAN if decay == 1.0 else DECAY
     plan = _plan(h, v, chunk, use, only_kernel=only_kernel, decays=decay != 1.0)
     if plan.form == "library":
