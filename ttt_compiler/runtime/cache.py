@@ -8,8 +8,9 @@ object with these methods will do.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -37,18 +38,21 @@ class FastWeightCache:
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Permute rows (beam search)."""
-        super().reorder_cache(beam_idx)  # type: ignore[misc]
-        self.ttt.select(beam_idx)
+        with _undone_on_error(self.ttt):
+            self.ttt.select(beam_idx)
+            super().reorder_cache(beam_idx)  # type: ignore[misc]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
-        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
-        self.ttt.repeat_interleave(repeats)
+        with _undone_on_error(self.ttt):
+            self.ttt.repeat_interleave(repeats)
+            super().batch_repeat_interleave(repeats)  # type: ignore[misc]
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the given rows."""
-        super().batch_select_indices(indices)  # type: ignore[misc]
-        self.ttt.select(indices)
+        with _undone_on_error(self.ttt):
+            self.ttt.select(indices)
+            super().batch_select_indices(indices)  # type: ignore[misc]
 
     def activate_past_recording(self) -> None:
         """From now on keep what :meth:`crop` needs to take back tokens; assisted decoding calls this."""
@@ -171,6 +175,17 @@ def plain_layers(cache: Any) -> list[Any]:
                 "DynamicCache of a model with full attention"
             )
     return layers
+
+
+@contextlib.contextmanager
+def _undone_on_error(state: FastWeightState) -> Iterator[None]:
+    """Around a selection of rows, of ``state`` and then of keys and values: refused, it changes neither."""
+    sites, batch = dict(state.sites), state.batch
+    try:
+        yield
+    except BaseException:
+        state.sites, state.batch = sites, batch
+        raise
 
 
 def is_carrier(cache: Any) -> bool:

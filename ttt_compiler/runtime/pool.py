@@ -312,8 +312,11 @@ class Pool:
         rows = self._rows(sequence)
         size = sum(x.nbytes for row in rows.values() for x in row.values())
         if self._parked_bytes() + size <= self.parked_memory:
-            self._vacate(sequence)
-            sequence.parked = {k: {n: x.clone() for n, x in row.items()} for k, row in rows.items()}
+            with self._root.lock:
+                # A slot is anybody's as soon as its row is vacated: a fork that is lent may write into it.
+                parked = {k: {n: x.clone() for n, x in row.items()} for k, row in rows.items()}
+                self._vacate(sequence)
+            sequence.parked = parked
             return
         if self.disk is None:
             raise PoolFullError(
@@ -425,13 +428,16 @@ class PooledState(FastWeightState):
         return other
 
     def select(self, rows: Tensor) -> None:
-        """Only an order of the same sequences: others would need slots of the pool."""
-        if sorted(rows.tolist()) != list(range(self.batch_size)):
+        """Raise unless every sequence stays where it is: names and slots are in this order.
+
+        Raises:
+            CacheError: nothing changed.
+        """
+        if rows.dtype == torch.bool or rows.tolist() != list(range(self.batch_size)):
             raise CacheError(
-                "beams and repeated sequences need rows of their own, which a pool does not lend: generate "
-                "on session.fork(), which leaves the pool"
+                "beams, repeated and reordered sequences need rows of their own, which a pool does not lend: "
+                "generate on session.fork(), which leaves the pool"
             )
-        self.batch = self.batch[rows.to(self.device)]
 
     def keep_revocable(self, tokens: int) -> None:
         """Raise unless the pool was built for it."""
