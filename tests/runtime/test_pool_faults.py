@@ -11,7 +11,7 @@ import ttt_compiler as ttt
 from tests import models
 from tests.runtime.test_pool import read, texts
 from tests.tolerances import SEGMENTATION, relative_error
-from ttt_compiler.errors import CacheError
+from ttt_compiler.errors import CacheError, NonFiniteWriteError, PoolError
 
 
 @pytest.fixture(scope="module")
@@ -100,3 +100,138 @@ def test_a_fork_that_runs_meanwhile_does_not_write_into_a_slot_that_is_parked(mo
     assert pool.where("parked") == "parked"
     assert_goes_on(model, pool, "parked", tokens[:1], 10)
     assert_goes_on(model, pool, "fork", tokens[1:], 12 if ran else 11)
+
+
+def test_a_fork_does_not_take_the_name_of_a_sequence_that_begins_meanwhile(model, monkeypatch):
+    tokens, _ = texts(model, 2)
+    pool = ttt.Pool(model, sequences=3)
+    read(model, pool, ["a"], tokens[:1, :9])
+    lend, began = pool._lend, []
+
+    def begin():
+        if pool._changed.acquire(blocking=False):
+            pool._changed.release()
+            began.append(read(model, pool, ["x"], tokens[1:, :7]))
+
+    def lend_after_others(*args):
+        monkeypatch.setattr(pool, "_lend", lend)
+        in_another_thread(begin)
+        return lend(*args)
+
+    monkeypatch.setattr(pool, "_lend", lend_after_others)
+    if began:
+        with pytest.raises(PoolError, match="exists already"):
+            pool.fork("a", "x")
+    else:
+        pool.fork("a", "x")
+    row, start = (1, 7) if began else (0, 9)
+    assert_goes_on(model, pool, "x", tokens[row : row + 1], start)
+
+
+def test_slow_weights_that_change_end_what_was_written_on_them(tmp_path):
+    model = models.converted()
+    model.compile(backend="inplace_ttt_eager", dynamic=True)
+    tokens, _ = texts(model, 1)
+    pool = ttt.Pool(model, sequences=3, disk=tmp_path)
+    read(model, pool, ["disk"], tokens[:, :18])
+    with pool.use("new"):
+        """It reads nothing yet."""
+    for name in ("a", "b"):
+        read(model, pool, [name], tokens[:, :18])
+    assert pool.where("disk") == "disk"
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.mul_(-1)
+    for name in ("a", "disk"):
+        with pytest.raises(PoolError, match=f"'{name}' cannot go on.*slow weights"), pool.use(name):
+            pass
+    with pytest.raises(PoolError, match=r"'a' cannot be saved.*slow weights"):
+        pool.save("a")
+    assert_goes_on(model, pool, "new", tokens, 0)
+    assert_goes_on(model, pool, "newer", tokens, 0)
+    assert pool.where("a") == "lost", "its slot was needed"
+    assert [p.name for p in tmp_path.iterdir()] == ["disk.ttt"], (
+        "a file would pass for one of the new weights"
+    )
+    pool.close("a")
+    assert_goes_on(model, pool, "a", tokens, 0)
+
+
+def test_slow_weights_that_change_within_a_block(model):
+    model = models.converted()
+    model.compile(backend="inplace_ttt_eager", dynamic=True)
+    tokens, _ = texts(model, 1)
+    pool = ttt.Pool(model, sequences=2)
+    with pool.use("a") as session:
+        model(**session.inputs(tokens[:, :9]))
+        with torch.no_grad():
+            model.model.layers[0].mlp.down_proj.weight.mul_(-1)
+        with pytest.raises(CacheError, match="other slow weights"):
+            model(**session.inputs(tokens[:, 9:]))
+    with pytest.raises(PoolError, match="'a' cannot go on"), pool.use("a"):
+        pass
+
+
+def lose(model, pool, *names):
+    """A call that fails half-way."""
+    embeds = torch.zeros(len(names), 7, 32)
+    embeds[:, 3] = torch.nan
+    read(model, pool, names, models.ids(len(names), 6))
+    with pytest.raises(NonFiniteWriteError), pool.use(*names) as batch:
+        model(inputs_embeds=embeds, past_key_values=batch.cache)
+
+
+@pytest.mark.parametrize("disk", [True, False])
+def test_a_lost_sequence_is_in_nobodys_way(model, disk, tmp_path):
+    tokens, _ = texts(model, 1)
+    pool = ttt.Pool(model, sequences=2, disk=tmp_path if disk else None)
+    lose(model, pool, "bad", "worse")
+    read(model, pool, ["a"], tokens[:, :9])
+    read(model, pool, ["b"], tokens[:, :9])
+    for name in ("bad", "worse"):
+        assert pool.where(name) == "lost"
+        with (
+            pytest.raises(PoolError, match=r"cannot go on: .*NonFiniteWriteError.*pool\.close"),
+            pool.use(name),
+        ):
+            pass
+        with pytest.raises(PoolError, match="cannot be saved" if disk else "no folder"):
+            pool.save(name)
+    assert pool.where("a") == pool.where("b") == "slot", "the lost ones pushed nobody out"
+    pool.close("bad")
+    assert_goes_on(model, pool, "a", tokens, 9)
+    pool.close("a")
+    assert_goes_on(model, pool, "bad", tokens, 0)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_keys_and_values_that_are_not_taken_back_end_their_sequences(model, error, monkeypatch):
+    tokens, _ = texts(model, 2)
+    pool = ttt.Pool(model, sequences=2)
+    read(model, pool, ["a", "b"], tokens[:, :9])
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("ttt_compiler.runtime.pool.split", fail)
+    with pytest.raises(error):
+        read(model, pool, ["a", "b"], tokens[:, 9:14])
+    monkeypatch.undo()
+    for name in "ab":
+        with (
+            pytest.raises(PoolError, match=f"cannot go on: .*not taken back.*{error.__name__}"),
+            pool.use(name),
+        ):
+            pass
+        pool.close(name)
+    read(model, pool, ["a", "b"], tokens[:, :9])
+
+
+def test_a_file_of_two_sequences(model, tmp_path):
+    tokens, _ = texts(model, 2)
+    session = ttt.Session(model, batch_size=2)
+    model(tokens[:, :9], past_key_values=session.cache)
+    session.save(tmp_path / "two.ttt")
+    pool = ttt.Pool(model, sequences=2, disk=tmp_path)
+    with pytest.raises(PoolError, match="holds 2 sequences"), pool.use("two"):
+        pass
+    read(model, pool, ["a", "b"], tokens[:, :9])

@@ -13,7 +13,7 @@ import os
 import re
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,11 @@ SUFFIX = ".ttt"
 
 @dataclass
 class _Sequence:
-    """What the pool knows of one sequence: exactly one of row, parked, on_disk says where it is."""
+    """What the pool knows of one sequence.
+
+    Exactly one of row, parked, on_disk and lost says where it is; one that is lost holds nothing. The owner
+    is that of :meth:`Root.owner` since the sequence has begun.
+    """
 
     name: str
     cache: Any
@@ -47,8 +51,8 @@ class _Sequence:
     on_disk: bool = False
     lent: bool = False
     lost: str | None = None
+    owner: object = None
     used: int = 0
-    tokens: list[int] = field(default_factory=list)
 
 
 class Pool:
@@ -129,12 +133,14 @@ class Pool:
         return self._tables.nbytes + parked + sum(layer_bytes(s.cache) for s in known if s.cache is not None)
 
     def where(self, name: str) -> str:
-        """``"slot"``, ``"parked"`` or ``"disk"``.
+        """``"slot"``, ``"parked"`` or ``"disk"``; ``"lost"`` after an error half-way through a call.
 
         Raises:
             PoolError: no such sequence.
         """
         sequence = self._known(name)
+        if sequence.lost is not None:
+            return "lost"
         return "slot" if sequence.row is not None else "disk" if sequence.on_disk else "parked"
 
     @contextlib.contextmanager
@@ -147,7 +153,8 @@ class Pool:
 
         Raises:
             PoolFullError: there are not as many slots, or they are all lent.
-            PoolError: a name is lent already, given twice, or no name.
+            PoolError: a name is lent already, given twice, or no name; or the sequence cannot go on, because
+                an error ended it or the slow weights were changed since.
         """
         members = self._lend(names, wait)
         try:
@@ -160,6 +167,8 @@ class Pool:
             with self._changed:
                 for member in members:
                     member.lent = False
+                    if member.lost is not None:
+                        self._drop(member)
                 self._changed.notify_all()
 
     def fork(self, name: str, branch: str) -> None:
@@ -169,19 +178,24 @@ class Pool:
             PoolError: ``branch`` exists, or ``name`` does not.
             PoolFullError: no slot can be had.
         """
-        self._known(name)
-        if branch in self:
-            raise PoolError(
-                f"{branch!r} exists already: pool.close({branch!r}) first, or choose another name"
-            )
-        source, target = self._lend((name, branch), 0.0)
+        with self._changed:
+            self._known(name)
+            if branch in self:
+                raise PoolError(
+                    f"{branch!r} exists already: pool.close({branch!r}) first, or choose another name"
+                )
+            source, target = self._lend((name, branch), 0.0)
         try:
             with self._root.lock:
                 for site in self._tables.sites.values():
                     for table in (site.rows, site.lanes, site.norms):
                         table[target.row] = table[source.row]
                     site.rows[target.row, CACHED] = 0
-            target.cache, target.lost = fork_cache(source.cache), source.lost
+            target.cache, target.owner = fork_cache(source.cache), source.owner
+        except BaseException:
+            with self._changed:
+                self._vacate(self._sequences.pop(branch))
+            raise
         finally:
             with self._changed:
                 source.lent = target.lent = False
@@ -223,6 +237,17 @@ class Pool:
         if sequence.lent:
             raise PoolError(f"{sequence.name!r} is in use: leave its block first")
 
+    def _refuse_ended(self, sequence: _Sequence, what: str) -> None:
+        why = self._ended(sequence)
+        if why is not None:
+            raise PoolError(f"{sequence.name!r} cannot {what}: {why}. Type pool.close(name)")
+
+    def _ended(self, sequence: _Sequence) -> str | None:
+        """Why a sequence cannot go on."""
+        if sequence.lost is None and sequence.owner not in (None, self._root.owner()):
+            return "its fast weights were written on slow weights that were trained or loaded since"
+        return sequence.lost
+
     def _path(self, name: str) -> Path:
         assert self.disk is not None
         return self.disk / f"{name}{SUFFIX}"
@@ -231,7 +256,9 @@ class Pool:
         """Every named sequence in a slot, and marked as lent; all or none."""
         self._check_names(names)
         with self._changed:
-            if not self._changed.wait_for(lambda: self._can_lend(names), wait):
+            # Waiting, even for no time, would let others in.
+            ready = self._can_lend(names)
+            if not ready and (wait == 0 or not self._changed.wait_for(lambda: self._can_lend(names), wait)):
                 busy = [n for n in names if n in self and self._sequences[n].lent]
                 if busy:
                     raise PoolError(f"{busy[0]!r} is in use by another block; pass wait= to wait for it")
@@ -239,6 +266,9 @@ class Pool:
                     f"{len(names)} sequences need slots and {self.capacity} slots are lent to others; pass "
                     "wait= to wait, or build the pool with more sequences="
                 )
+            for name in names:
+                if name in self:
+                    self._refuse_ended(self._sequences[name], "go on")
             made = [n for n in names if n not in self]
             for name in made:
                 cache = None if self._root.make_cache is None else self._root.make_cache()
@@ -307,8 +337,17 @@ class Pool:
         self._free.append(sequence.row)
         sequence.row = None
 
+    def _drop(self, sequence: _Sequence) -> None:
+        """Free what a lost sequence holds; why it was lost is kept."""
+        self._vacate(sequence)
+        sequence.cache = None
+
     def _park(self, sequence: _Sequence) -> None:
-        """Take the slot of an idle sequence; it waits in memory, or on disk."""
+        """Take the slot of an idle sequence; it waits in memory, or on disk, unless it has ended."""
+        sequence.lost = self._ended(sequence)
+        if sequence.lost is not None:
+            self._drop(sequence)
+            return
         rows = self._rows(sequence)
         size = sum(x.nbytes for row in rows.values() for x in row.values())
         if self._parked_bytes() + size <= self.parked_memory:
@@ -344,8 +383,7 @@ class Pool:
             raise PoolError("this pool has no folder: build it with disk=")
         if sequence.on_disk:
             return
-        if sequence.lost is not None:
-            raise PoolError(f"{sequence.name!r} cannot be saved: {sequence.lost}. Type pool.close(name)")
+        self._refuse_ended(sequence, "be saved")
         with self._root.lock:
             state = self._private(sequence)
             snapshot.save(self._path(sequence.name), self.model, self._root, state, sequence.cache)
@@ -362,6 +400,11 @@ class Pool:
             loaded = Session.load(self.model, self._path(sequence.name))
         except SnapshotError as e:
             raise PoolError(f"{sequence.name!r} cannot be read back: {e}. Type pool.close(name)") from e
+        if loaded.batch_size != 1:
+            raise PoolError(
+                f"{sequence.name!r} cannot be read back: its file holds {loaded.batch_size} sequences, a "
+                "pool's hold one. ttt.Session.load reads it"
+            )
         if loaded.state.revocable > self._tables.revocable:
             raise PoolError(
                 f"{sequence.name!r} was saved with {loaded.state.revocable} revocable tokens: build the pool "
@@ -370,9 +413,6 @@ class Pool:
         return loaded.state, loaded.cache
 
     def _session(self, members: list[_Sequence]) -> PooledSession:
-        for member in members:
-            if member.lost is not None:
-                raise PoolError(f"{member.name!r} cannot go on: {member.lost}. Type pool.close(name)")
         rows = torch.tensor([m.row for m in members], device=self._tables.device)
         state = PooledState(self._tables, rows, self._root.owner(), self.context)
         cache, padding = None, [0] * len(members)
@@ -384,13 +424,20 @@ class Pool:
     def _take_back(self, members: list[_Sequence], session: PooledSession) -> None:
         state = session.state
         assert isinstance(state, PooledState)
-        for member in members:
-            member.lost = state.lost
-        if session.cache is not None and self._root.make_cache is not None:
-            caches = split(session.cache, session.padding, self._root.make_cache)
-            for member, cache in zip(members, caches, strict=True):
-                member.cache = cache
-        state.lost = "the pool has taken its slots back; lend it again: with pool.use(name) as session"
+        try:
+            for member, seen in zip(members, state.tokens_seen, strict=True):
+                member.lost = state.lost
+                member.owner = state.owner if seen else None
+            if state.lost is None and session.cache is not None and self._root.make_cache is not None:
+                caches = split(session.cache, session.padding, self._root.make_cache)
+                for member, cache in zip(members, caches, strict=True):
+                    member.cache = cache
+        except BaseException as e:
+            for member in members:
+                member.lost = f"its keys and values were not taken back ({type(e).__name__}: {e})"
+            raise
+        finally:
+            state.lost = "the pool has taken its slots back; lend it again: with pool.use(name) as session"
 
 
 class PooledState(FastWeightState):
