@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 
 import pytest
 import torch
@@ -11,7 +12,10 @@ import ttt_compiler as ttt
 from tests import models
 from tests.runtime.test_pool import read, texts
 from tests.tolerances import SEGMENTATION, relative_error
-from ttt_compiler.errors import CacheError, NonFiniteWriteError, PoolError
+from ttt_compiler.errors import CacheError, NonFiniteWriteError, PoolError, PoolFullError
+from ttt_compiler.runtime import join
+from ttt_compiler.runtime.cache_size import cache_bytes
+from ttt_compiler.runtime.layers import layer_bytes
 
 
 @pytest.fixture(scope="module")
@@ -235,3 +239,74 @@ def test_a_file_of_two_sequences(model, tmp_path):
     with pytest.raises(PoolError, match="holds 2 sequences"), pool.use("two"):
         pass
     read(model, pool, ["a", "b"], tokens[:, :9])
+
+
+def test_a_budget_is_kept_within_a_block_too(model):
+    each = ttt.Pool(model, sequences=1, context=64).bytes_per_sequence
+    pool = ttt.Pool(model, memory=3 * each, context=64)
+    tokens, _ = texts(model, 3, 64)
+    for row, name in enumerate("abc"):
+        read(model, pool, [name], tokens[row : row + 1, : 60 - row])
+    alone = [weakref.ref(pool._sequences[name].cache.layers[0].keys) for name in "abc"]
+    with pool.use("a", "b", "c") as batch:
+        assert not any(ref() is not None for ref in alone), "keys of members exist twice"
+        model(**batch.inputs(tokens[:, :3]))
+        assert pool._tables.nbytes + layer_bytes(batch.cache) == pool.nbytes <= 3 * each
+        together = weakref.ref(batch.cache.layers[0].keys)
+    assert together() is None
+    assert pool.nbytes <= 3 * each
+
+
+def test_a_batch_that_cannot_be_joined_leaves_its_members_as_they_were(model, monkeypatch):
+    tokens, _ = texts(model, 2)
+    pool = ttt.Pool(model, sequences=2)
+    for row, (name, length) in enumerate((("a", 9), ("b", 5))):
+        read(model, pool, [name], tokens[row : row + 1, :length])
+    stacked, calls = join._stacked, []
+
+    def fail_in_the_second_layer(*args):
+        calls.append(args)
+        if len(calls) == 4:
+            raise MemoryError
+        return stacked(*args)
+
+    monkeypatch.setattr(join, "_stacked", fail_in_the_second_layer)
+    with pytest.raises(MemoryError), pool.use("a", "b"):
+        pass
+    monkeypatch.undo()
+    assert_goes_on(model, pool, "a", tokens[:1], 9)
+    assert_goes_on(model, pool, "b", tokens[1:], 5)
+
+
+def test_memory_of_those_that_wait_counts_keys_and_values(model, tmp_path):
+    tokens, _ = texts(model, 1, 400)
+
+    def waiting(pool):
+        """Bytes, by counting."""
+        found = [s for s in pool._sequences.values() if pool.where(s.name) == "parked"]
+        rows = (x.nbytes for s in found for row in s.parked.values() for x in row.values())
+        return sum(rows) + sum(layer_bytes(s.cache) for s in found)
+
+    def fill(pool, count=4):
+        for i in range(count):
+            read(model, pool, [f"s{i}"], tokens)
+            assert waiting(pool) <= pool.parked_memory
+        return [pool.where(name) for name in pool.names]
+
+    pool = ttt.Pool(model, sequences=1, context=400, parked_memory=1 << 30)
+    assert fill(pool, 2) == ["parked", "slot"]
+    one = waiting(pool)
+    assert one > cache_bytes(model.config, 400, torch.float32)
+    places = fill(ttt.Pool(model, sequences=1, context=400, parked_memory=one, disk=tmp_path))
+    assert places == ["parked", "disk", "disk", "slot"]
+    with pytest.raises(PoolFullError, match="has no room"):
+        fill(ttt.Pool(model, sequences=1, context=400, parked_memory=one - 1))
+
+
+def test_a_file_of_more_than_the_pools_context(model, tmp_path):
+    tokens, _ = texts(model, 1)
+    pool = ttt.Pool(model, sequences=1, disk=tmp_path)
+    read(model, pool, ["a"], tokens[:, :30])
+    pool.save("a")
+    with pytest.raises(PoolError, match="context=30"), ttt.Pool(model, 1, context=20, disk=tmp_path).use("a"):
+        pass

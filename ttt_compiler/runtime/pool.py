@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ttt_compiler.codegen.layout import CACHED
 from ttt_compiler.errors import CacheError, PoolError, PoolFullError, SnapshotError
 from ttt_compiler.runtime import snapshot
-from ttt_compiler.runtime.cache import attach_state
+from ttt_compiler.runtime.cache import attach_state, cached_tokens
 from ttt_compiler.runtime.cache_size import cache_bytes
 from ttt_compiler.runtime.join import joined, split
 from ttt_compiler.runtime.layers import fork_cache, layer_bytes
@@ -40,8 +40,8 @@ SUFFIX = ".ttt"
 class _Sequence:
     """What the pool knows of one sequence.
 
-    Exactly one of row, parked, on_disk and lost says where it is; one that is lost holds nothing. The owner
-    is that of :meth:`Root.owner` since the sequence has begun.
+    Exactly one of row, parked, on_disk and lost says where it is; one that is lost holds nothing. The cache
+    of one that is lent is that of its batch. The owner is that of :meth:`Root.owner`, once it has begun.
     """
 
     name: str
@@ -68,10 +68,10 @@ class Pool:
         model: a converted model.
         sequences: slots: how many sequences can run at once.
         memory: instead of ``sequences``, a budget in bytes for fast weights and full contexts of keys and
-            values.
+            values. A batch is held once: its members' keys and values move into it, layer by layer, and back.
         context: most tokens whose keys and values one sequence may keep; default the model's own limit.
         bytes_per_sequence: what a full sequence takes, for models whose caches do not say.
-        parked_memory: bytes of memory for sequences without a slot.
+        parked_memory: bytes of memory for sequences without a slot, keys and values included.
         disk: folder for those beyond that; sequences found there are part of the pool.
         revocable: how many of the last tokens can be taken back across a chunk's end.
 
@@ -129,8 +129,9 @@ class Pool:
     def nbytes(self) -> int:
         """Bytes that are held now: tables, keys and values, parked sequences."""
         known = list(self._sequences.values())
-        parked = sum(x.nbytes for s in known if s.parked for row in s.parked.values() for x in row.values())
-        return self._tables.nbytes + parked + sum(layer_bytes(s.cache) for s in known if s.cache is not None)
+        caches = {id(s.cache): s.cache for s in known}
+        parked = sum(_row_bytes(s.parked) for s in known if s.parked)
+        return self._tables.nbytes + parked + sum(map(layer_bytes, caches.values()))
 
     def where(self, name: str) -> str:
         """``"slot"``, ``"parked"`` or ``"disk"``; ``"lost"`` after an error half-way through a call.
@@ -349,7 +350,7 @@ class Pool:
             self._drop(sequence)
             return
         rows = self._rows(sequence)
-        size = sum(x.nbytes for row in rows.values() for x in row.values())
+        size = _row_bytes(rows) + layer_bytes(sequence.cache)
         if self._parked_bytes() + size <= self.parked_memory:
             with self._root.lock:
                 # A slot is anybody's as soon as its row is vacated: a fork that is lent may write into it.
@@ -368,8 +369,8 @@ class Pool:
         sequence.cache, sequence.on_disk = None, True
 
     def _parked_bytes(self) -> int:
-        parked = (s.parked for s in self._sequences.values() if s.parked)
-        return sum(x.nbytes for rows in parked for row in rows.values() for x in row.values())
+        waiting = (s for s in self._sequences.values() if s.parked)
+        return sum(_row_bytes(s.parked) + layer_bytes(s.cache) for s in waiting if s.parked)
 
     def _rows(self, sequence: _Sequence) -> dict[str, Row]:
         """A sequence's fast weights, as views while it has a slot."""
@@ -410,15 +411,24 @@ class Pool:
                 f"{sequence.name!r} was saved with {loaded.state.revocable} revocable tokens: build the pool "
                 f"with revocable={loaded.state.revocable}"
             )
+        cached = 0 if loaded.cache is None else cached_tokens(loaded.cache)
+        if self.context is not None and cached > self.context:
+            raise PoolError(
+                f"{sequence.name!r} was saved with {cached} tokens of keys and values: build the pool with "
+                f"context={cached} or more"
+            )
         return loaded.state, loaded.cache
 
     def _session(self, members: list[_Sequence]) -> PooledSession:
         rows = torch.tensor([m.row for m in members], device=self._tables.device)
         state = PooledState(self._tables, rows, self._root.owner(), self.context)
         cache, padding = None, [0] * len(members)
-        if self._root.make_cache is not None:
-            cache, padding = joined([m.cache for m in members], self._root.make_cache)
+        make = self._root.make_cache
+        if make is not None:
+            cache, padding = joined([m.cache for m in members], lambda: attach_state(make(), state))
             attach_state(cache, state)
+            for member in members:
+                member.cache = cache
         return PooledSession(self.model, self._root, state, cache, [m.name for m in members], padding)
 
     def _take_back(self, members: list[_Sequence], session: PooledSession) -> None:
@@ -537,6 +547,10 @@ class PooledSession(Session):
         if any(self.padding):
             raise CacheError("sequences of different lengths are evicted one at a time: pool.use(name)")
         super().evict(keep, sink)
+
+
+def _row_bytes(rows: dict[str, Row]) -> int:
+    return sum(x.nbytes for row in rows.values() for x in row.values())
 
 
 def _own_context(model: nn.Module) -> int | None:
