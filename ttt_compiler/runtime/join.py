@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ttt_compiler.runtime.cache import plain_layers
@@ -45,32 +44,33 @@ def joined(caches: Sequence[Any], make: Callable[[], Any]) -> tuple[Any, list[in
     except BaseException:
         for row, i in moved:
             # Views: there may be no memory for more.
-            _put(caches[row], i, *_row(out.layers[i], row, padding[row]))
+            both = (out.layers[i].keys, out.layers[i].values)
+            _put(caches[row], i, *(x[row : row + 1, :, padding[row] :] for x in both))
         raise
     return out, padding
 
 
-def split(cache: Any, padding: Sequence[int], make: Callable[[], Any]) -> list[Any]:
+def split(cache: Any, real: Tensor, make: Callable[[], Any]) -> list[Any]:
     """The rows of a cache of :func:`joined` as caches of their own, without the empty positions.
 
     It is emptied, layer by layer; after an error it is of no use.
+
+    Args:
+        cache: of ``[B, H, n, d]``.
+        real: bool ``[B, n]``, which positions are not empty.
+        make: builds an empty cache.
     """
-    if len(padding) == 1:
+    if len(real) == 1 and bool(real.all()):
         return [cache]
-    out = [make() for _ in padding]
+    out = [make() for _ in real]
+    places = [row.nonzero()[:, 0] for row in real]
     for i, layer in enumerate(plain_layers(cache)):
-        for own, (row, empty) in zip(out, enumerate(padding), strict=True):
-            if layer.is_initialized and layer.keys.shape[-2] > empty:
-                _put(
-                    own, i, *(x.clone(memory_format=torch.contiguous_format) for x in _row(layer, row, empty))
-                )
+        for row, (own, place) in enumerate(zip(out, places, strict=True)):
+            if layer.is_initialized and len(place):
+                both = (layer.keys, layer.values)
+                _put(own, i, *(x[row : row + 1].index_select(2, place.to(x.device)) for x in both))
         _empty(layer)
     return out
-
-
-def _row(layer: Any, row: int, empty: int) -> tuple[Tensor, Tensor]:
-    """Views of one sequence's keys and values."""
-    return layer.keys[row : row + 1, :, empty:], layer.values[row : row + 1, :, empty:]
 
 
 def _empty(layer: Any) -> None:

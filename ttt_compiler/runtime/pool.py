@@ -12,7 +12,7 @@ import contextlib
 import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from ttt_compiler.codegen.layout import CACHED
-from ttt_compiler.errors import CacheError, PoolError, PoolFullError, SnapshotError
+from ttt_compiler.errors import CacheError, CropError, PoolError, PoolFullError, SnapshotError
 from ttt_compiler.runtime import snapshot
-from ttt_compiler.runtime.cache import attach_state, cached_tokens
+from ttt_compiler.runtime.cache import attach_state, cached_tokens, plain_layers
 from ttt_compiler.runtime.cache_size import cache_bytes
 from ttt_compiler.runtime.join import joined, split
 from ttt_compiler.runtime.layers import fork_cache, layer_bytes
-from ttt_compiler.runtime.root import Root, require_root
+from ttt_compiler.runtime.root import Root, require_padding_mask, require_root
 from ttt_compiler.runtime.rows import Row, export_row, import_row
 from ttt_compiler.runtime.session import Session
 from ttt_compiler.runtime.state import FastWeightState, bytes_per_sequence
@@ -422,14 +422,14 @@ class Pool:
     def _session(self, members: list[_Sequence]) -> PooledSession:
         rows = torch.tensor([m.row for m in members], device=self._tables.device)
         state = PooledState(self._tables, rows, self._root.owner(), self.context)
-        cache, padding = None, [0] * len(members)
-        make = self._root.make_cache
+        cache, make = None, self._root.make_cache
         if make is not None:
             cache, padding = joined([m.cache for m in members], lambda: attach_state(make(), state))
             attach_state(cache, state)
+            state.pad(padding)
             for member in members:
                 member.cache = cache
-        return PooledSession(self.model, self._root, state, cache, [m.name for m in members], padding)
+        return PooledSession(self.model, self._root, state, cache, [m.name for m in members])
 
     def _take_back(self, members: list[_Sequence], session: PooledSession) -> None:
         state = session.state
@@ -439,7 +439,7 @@ class Pool:
                 member.lost = state.lost
                 member.owner = state.owner if seen else None
             if state.lost is None and session.cache is not None and self._root.make_cache is not None:
-                caches = split(session.cache, session.padding, self._root.make_cache)
+                caches = split(session.cache, session.real, self._root.make_cache)
                 for member, cache in zip(members, caches, strict=True):
                     member.cache = cache
         except BaseException as e:
@@ -451,11 +451,40 @@ class Pool:
 
 
 class PooledState(FastWeightState):
-    """Sequences that a pool has lent: rows of its tables."""
+    """Sequences that a pool has lent: rows of its tables.
+
+    Attributes:
+        context: most tokens whose keys and values one sequence may keep.
+        real: bool ``[B, n]`` on the CPU: which of the first n cached positions hold a token. All others do.
+    """
 
     def __init__(self, tables: FastWeightState, rows: Tensor, owner: object, context: int | None) -> None:
         super().__init__(tables.specs, tables.sites, rows, owner)
         self.context = context
+        self.real = torch.ones(len(rows), 0, dtype=torch.bool)
+
+    def pad(self, padding: list[int]) -> None:
+        """As many positions in front of every sequence are empty."""
+        self.real = torch.arange(max(padding))[None] >= torch.tensor(padding)[:, None]
+
+    def reset(self, rows: Iterable[int] | None = None) -> None:
+        """As :meth:`FastWeightState.reset`; all rows are reset together with their keys and values."""
+        super().reset(rows)
+        if rows is None:
+            self.real = self.real[:, :0]
+
+    def crop(self, tokens: int) -> None:
+        """As :meth:`FastWeightState.crop`, of as many positions as tokens.
+
+        Raises:
+            CropError: some of the positions may be empty; nothing changed.
+        """
+        if bool((self.real[:, :-1] & ~self.real[:, 1:]).any()):
+            raise CropError(
+                "cannot take back tokens: some positions of this batch are padding between tokens. Take them "
+                "back in a block of their own, with pool.use(name): it holds tokens alone"
+            )
+        super().crop(tokens)
 
     def own(self) -> None:
         """The tables are the pool's, and rows of others are never touched."""
@@ -510,41 +539,63 @@ class PooledSession(Session):
 
     Attributes:
         names: the sequences, in the order of the batch.
-        padding: per sequence, how many positions of the cache in front of its tokens are empty.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        root: Root,
-        state: FastWeightState,
-        cache: Any,
-        names: list[str],
-        padding: list[int],
+        self, model: nn.Module, root: Root, state: PooledState, cache: Any, names: list[str]
     ) -> None:
         self.model, self._root, self._state, self.cache = model, root, state, cache
-        self.names, self.padding = names, padding
+        self.names = names
+
+    @property
+    def real(self) -> Tensor:
+        """Bool ``[B, cached]``: which positions of the cache hold a token of their sequence."""
+        assert isinstance(self.state, PooledState)
+        cached = 0 if self.cache is None else cached_tokens(self.cache)
+        known = self.state.real[:, :cached]
+        return torch.nn.functional.pad(known, (0, cached - known.shape[1]), value=True)
+
+    @property
+    def padding(self) -> list[int]:
+        """Per sequence, how many positions of the cache in front of its tokens are empty."""
+        out: list[int] = (self.real.cumsum(1) == 0).sum(1).tolist()
+        return out
 
     def attention_mask(self, new_tokens: int) -> Tensor:
-        """int64 ``[B, cached + new_tokens]``: 0 where the cache is empty in front of a sequence."""
-        width = (0 if self.cache is None else int(self.cache.get_seq_length())) + new_tokens
-        place = torch.arange(width)[None]
-        return (place >= torch.tensor(self.padding)[:, None]).long()
+        """int64 ``[B, cached + new_tokens]``: 0 where the cache is empty."""
+        return torch.nn.functional.pad(self.real, (0, new_tokens), value=True).long()
 
-    def inputs(self, ids: Tensor) -> dict[str, Any]:
-        """What a transformers model is called with to read ``ids [B, T]``, the next of every sequence."""
-        seen = torch.tensor(self.tokens_seen, device=ids.device)
+    def inputs(self, ids: Tensor, mask: Tensor | None = None) -> dict[str, Any]:
+        """What a transformers model is called with to read ``ids [B, T]``, the next of every sequence.
+
+        Args:
+            ids: token ids.
+            mask: ``[B, T]``, 0 where ``ids`` is padding, for sequences of which some read fewer tokens. It is
+                remembered for the block, and left out when the pool takes its sequences back.
+
+        Raises:
+            CacheError: there is padding, and the cache keeps more than all keys and values.
+            PositionError: a mask of another shape.
+        """
+        new = torch.ones(ids.shape, dtype=torch.bool, device="cpu") if mask is None else mask.cpu().bool()
+        require_padding_mask(new, ids)
+        whole = torch.cat([self.real, new], 1)
+        if not bool(new.all()):
+            plain_layers(self.cache)
+        assert isinstance(self.state, PooledState)
+        self.state.real = whole
+        seen = torch.tensor(self.tokens_seen)[:, None] + new.cumsum(1) - 1
         return {
             # A slice's offset into its storage is part of what a graph is compiled for.
             "input_ids": ids.clone(),
-            "attention_mask": self.attention_mask(ids.shape[1]).to(ids.device),
-            "position_ids": seen[:, None] + torch.arange(ids.shape[1], device=ids.device),
+            "attention_mask": whole.long().to(ids.device),
+            "position_ids": seen.clamp(min=0).to(ids.device),
             "past_key_values": self.cache,
         }
 
     def evict(self, keep: int, sink: int = 0) -> None:
         """As :meth:`Session.evict`; of sequences of different lengths, one at a time."""
-        if any(self.padding):
+        if not bool(self.real.all()):
             raise CacheError("sequences of different lengths are evicted one at a time: pool.use(name)")
         super().evict(keep, sink)
 
