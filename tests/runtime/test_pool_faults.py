@@ -86,7 +86,7 @@ def test_a_fork_that_runs_meanwhile_does_not_write_into_a_slot_that_is_parked(mo
     read(model, pool, ["parked"], tokens[:1, :10])
     with pool.use("a"):
         """Younger now than the one that has to go."""
-    vacate, lock, ran = pool._vacate, pool._root.lock._lock, []
+    vacate, lock, ran = pool._places.vacate, pool._root.lock._lock, []
     with pool.use("fork") as fork:
 
         def write_a_chunk():
@@ -98,7 +98,7 @@ def test_a_fork_that_runs_meanwhile_does_not_write_into_a_slot_that_is_parked(mo
             vacate(sequence)
             in_another_thread(write_a_chunk)
 
-        monkeypatch.setattr(pool, "_vacate", vacate_and_let_others_run)
+        monkeypatch.setattr(pool._places, "vacate", vacate_and_let_others_run)
         read(model, pool, ["new"], tokens[:1, :2])
         monkeypatch.undo()
     assert pool.where("parked") == "parked"

@@ -186,7 +186,7 @@ class PoolMachine(RuleBasedStateMachine):
         for place, count in places.items():
             self.met[place] += count
         assert places["slot"] <= pool.capacity
-        assert places["slot"] + len(pool._free) == pool.capacity
+        assert places["slot"] + len(pool._places.free) == pool.capacity
         assert places["lost"] == 0
         waiting = [s for s in pool._sequences.values() if s.parked]
         parked = sum(x.nbytes for s in waiting for row in s.parked.values() for x in row.values())
