@@ -288,8 +288,8 @@ def test_a_pool_is_its_sequences_whatever_happens():
             ),
         )
     wanted = (
-        *("slot", "parked", "disk", "alone", "together", "padded", "decode", "full context"),
+        *("slot", "parked", "disk", "alone", "together", "padded", "decode"),
         *("reset", "crop", "refused crop", "fork", "no room", "open again"),
     )
-    missing = [what for what in wanted if PoolMachine.met[what] < 4]
-    assert not missing, f"the machine hardly ever met {missing}: {PoolMachine.met}"
+    missing = [what for what in wanted if PoolMachine.met[what] == 0]
+    assert not missing, f"the machine never met {missing}: {PoolMachine.met}"
