@@ -25,3 +25,10 @@ def types(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """The whole suite, slow tests included."""
     session.run("python", "-m", "pytest", "-n", "2", "--dist", "loadfile", *session.posargs)
+
+
+@nox.session
+def gpu(session: nox.Session) -> None:
+    """On a machine with a CUDA device: is it right there, and how fast."""
+    session.run("python", "-m", "pytest", "tests/gpu", env={"TRITON_INTERPRET": "0"})
+    session.run("python", "-m", "bench.gpu", *session.posargs, env={"TRITON_INTERPRET": "0"})

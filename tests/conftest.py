@@ -6,6 +6,8 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Triton decides at its import whether kernels are compiled or interpreted; no test needs a device.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores: threads that wait for a core the other one holds cost up to ten times more.
     os.environ.setdefault("OMP_NUM_THREADS", "1")

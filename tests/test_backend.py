@@ -8,9 +8,10 @@ from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import ttt_compiler as ttt
-from tests import models
+from tests import models, unusual
 from tests.tolerances import AUTOCAST, FP64, SEGMENTATION, assert_within_budget, relative_error
 from ttt_compiler import backend
+from ttt_compiler.architectures.oracle import oracle_call
 from ttt_compiler.errors import (
     AlreadyConvertedError,
     CacheError,
@@ -221,6 +222,24 @@ def test_a_function_around_a_converted_model_and_regional_compilation():
         for layer in model.model.layers:
             layer.compile(backend="inplace_ttt")
         assert relative_error(model(tokens, use_cache=False).logits, expected) < SEGMENTATION
+
+
+class Breaking(unusual.Stack):
+    """What stands behind the graph break is compiled as a function that all models of this class share."""
+
+    def forward(self, x):
+        torch._dynamo.graph_break()
+        return super().forward(x)
+
+
+def test_many_models_with_graph_breaks_in_one_process():
+    torch._dynamo.reset()
+    for seed in range(10):
+        torch.manual_seed(seed)
+        model = unusual.converted(Breaking(unusual.MLP()))
+        with torch.no_grad():
+            y = [model(unusual.inputs(n)) for n in (9, 11)]
+        assert relative_error(y[1], oracle_call(model, unusual.inputs(11))) < SEGMENTATION
 
 
 def test_any_module_streams_with_an_explicit_state():

@@ -185,6 +185,52 @@ class TestRefusals:
             session.cache.crop(-1)
         assert session.cache.get_seq_length() == 12, "a refused rollback changes nothing"
 
+    def test_rollback_does_not_take_padding_for_tokens(self, model):
+        """A crop counts places of the cache; the second row's last ones are padding."""
+        session = ttt.Session(model, 2, revocable=8)
+        tokens = models.ids(2, 17)
+        model(tokens[:, :10], past_key_values=session.cache)
+        mask = torch.ones(2, 13, dtype=torch.int64)
+        mask[1, 11:] = 0
+        pos = torch.tensor([[10, 11, 12], [10, 0, 0]])
+        model(tokens[:, 10:13], attention_mask=mask, position_ids=pos, past_key_values=session.cache)
+        with pytest.raises(CropError, match="some of them are padding in a row"):
+            session.cache.crop(-2)
+        assert (session.tokens_seen, session.cache.get_seq_length()) == ([13, 11], 13)
+        # What comes behind padding can be taken back, up to it.
+        mask, pos = (
+            torch.cat([mask, torch.ones(2, 4)], 1).long(),
+            torch.arange(4) + torch.tensor([[13], [11]]),
+        )
+        given = {"attention_mask": mask, "position_ids": pos, "past_key_values": session.cache}
+        model(models.ids(2, 4, seed=9), **given)
+        with pytest.raises(CropError, match="some of them are padding in a row"):
+            session.cache.crop(-5)
+        session.cache.crop(-4)
+        out = model(tokens[:, 13:], **given).logits
+        assert relative_error(out[:1], models.oracle(model, tokens[:1])[:, 13:]) < SEGMENTATION
+        second = torch.cat([tokens[1:, :11], tokens[1:, 13:]], 1)
+        assert relative_error(out[1:], models.oracle(model, second)[:, 11:]) < SEGMENTATION
+
+    def test_rollback_of_a_whole_document_does_not_bring_the_one_before_back(self, model):
+        session = ttt.Session(model, revocable=4)
+        tokens = models.ids(1, 12)
+        model(tokens[:, :10], past_key_values=session.cache)
+        model(tokens[:, 10:], past_key_values=session.cache, position_ids=torch.tensor([[0, 1]]))
+        with pytest.raises(CropError, match="a document begins among them"):
+            session.cache.crop(-2)
+        assert (session.tokens_seen, session.cache.get_seq_length()) == ([2], 12)
+        session.cache.crop(-1)
+        assert session.tokens_seen == [1]
+
+    def test_rollback_of_the_first_document(self, model):
+        session = ttt.Session(model, revocable=4)
+        tokens = models.ids(1, 9)
+        model(models.ids(1, 3, seed=9), past_key_values=session.cache)
+        session.cache.crop(-3)
+        out = model(tokens, past_key_values=session.cache).logits
+        assert relative_error(out, models.oracle(model, tokens)) < SEGMENTATION
+
     def test_positions_of_three_dimensions(self, model):
         with pytest.raises(PositionError, match="3 dimensions"):
             model(models.ids(1, 5), position_ids=torch.arange(5).expand(3, 1, 5), use_cache=False)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import textwrap
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -99,6 +103,33 @@ def test_a_rewritten_graph_compiles(backend):
         torch.testing.assert_close(compiled(x), graph(x), rtol=1e-4, atol=1e-4)
     with pytest.raises(AlreadyConvertedError, match=r"ttt\.rewrite"):
         ttt.convert(graph, CONFIG, example_inputs=((x,), {}))
+
+
+@pytest.mark.slow
+def test_a_rewritten_program_is_packaged_ahead_of_time(tmp_path):
+    """AOTInductor: one package for any length, loaded by a process that has the ops and nothing else."""
+    tokens = torch.export.Dim("tokens", min=2, max=64)
+    graph = models.randomize(ttt.rewrite(captured("export dynamic", build(), inputs()), CONFIG))
+    x = {n: inputs(n) for n in (2, 11, 23)}
+    with torch.no_grad():
+        program = torch.export.export(graph, (x[11],), dynamic_shapes=({1: tokens},))
+        path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+        expected = {n: graph(given) for n, given in x.items()}
+    torch.save(x, tmp_path / "in.pt")
+    source = """
+        import sys, torch, ttt_compiler.codegen.ops
+        folder = sys.argv[1]
+        model = torch._inductor.aoti_load_package(f"{folder}/model.pt2")
+        x = torch.load(f"{folder}/in.pt")
+        torch.save({n: model(given) for n, given in x.items()}, f"{folder}/out.pt")
+    """
+    run = [sys.executable, "-c", textwrap.dedent(source), str(tmp_path)]
+    done = subprocess.run(run, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert path == str(tmp_path / "model.pt2")
+    found = torch.load(tmp_path / "out.pt")
+    for n, y in expected.items():
+        torch.testing.assert_close(found[n], y, rtol=1e-4, atol=1e-4)
 
 
 def test_a_function_of_its_weights():

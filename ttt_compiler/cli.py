@@ -119,6 +119,47 @@ def memory(
 
 
 @app.command()
+def bench(
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Predict from shapes; nothing runs. The only mode so far.")
+    ] = False,
+    model: Annotated[
+        list[str] | None, typer.Option(help=f"{_PLANNED} May be repeated. Default: the published ones.")
+    ] = None,
+    device: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A100, H100, H200, B200, MI300X, H800, or cpu. May be repeated. Default: all GPUs."
+        ),
+    ] = None,
+    layers: LayersOption = "every:6",
+    chunk_size: ChunkOption = 1024,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the numbers here.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the page here instead of printing it.")] = None,
+) -> None:
+    """Predict what fast weights cost in prefill, decode and training, per model, length and device."""
+    with _friendly():
+        if not plan:
+            raise TTTError("type: ttt-compiler bench --plan. Measurements are scripts: python -m bench.NAME")
+        _require("transformers")
+        from ttt_compiler.architectures.presets import PRESETS
+        from ttt_compiler.codegen.devices import DEVICES, device_named
+        from ttt_compiler.roofline import roofline
+
+        found = roofline(
+            tuple(model or PRESETS),
+            [device_named(name) for name in device] if device else DEVICES,
+            TTTConfig(layers=parse_layers(layers), chunk_size=chunk_size),
+        )
+        if json_file is not None:
+            _write(json_file, json.dumps(found.to_dict(), indent=1) + "\n")
+        if markdown is not None:
+            _write(markdown, str(found))
+        else:
+            typer.echo(str(found), nl=False)
+
+
+@app.command()
 def demo(
     model: Annotated[str, typer.Option(help=_MODEL)] = "smollm2",
     document: Annotated[
@@ -214,6 +255,7 @@ def serve(
         Path | None, typer.Option(help="Folder that keeps sessions over restarts. Default: in memory alone.")
     ] = None,
     max_sessions: Annotated[int, typer.Option(help="Sessions in memory at a time.")] = 16,
+    max_body: Annotated[int, typer.Option(help="Bytes of a request at most.")] = 8 * 2**20,
     layers: LayersOption = "every:6",
     chunk_size: ChunkOption = 1024,
     lr: RateOption = 0.3,
@@ -242,6 +284,7 @@ def serve(
             chat_template=chat_template,
             sessions=sessions,
             max_sessions=max_sessions,
+            max_body=max_body,
             host=host,
             port=port,
             eager=eager,
@@ -268,6 +311,14 @@ def _friendly() -> Iterator[None]:
         if rest:
             typer.echo(rest, err=True)
         raise typer.Exit(2) from e
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text)
+    except OSError as e:
+        raise TTTError(f"{path} cannot be written: {e.strerror}") from e
+    typer.echo(f"written: {path}", err=True)
 
 
 def _require(*packages: str, extra: str = "demo") -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ttt_compiler.codegen.ops import require_cpu
+from ttt_compiler.codegen.ops import require_kernels
 from ttt_compiler.compat import forget_compiled_call, inner_tensor, known_parameters
 from ttt_compiler.config import TTTConfig
 from ttt_compiler.discover import Discovery, FoundMLP, Inputs, discover
@@ -230,7 +230,7 @@ def check_model(model: nn.Module) -> None:
     """
     check_kind(model)
     for parameter in model.parameters():
-        require_cpu(parameter.device, type(model).__name__)
+        require_kernels(parameter.device, type(model).__name__)
         if parameter.is_meta:
             raise UnsupportedModelError(
                 f"{type(model).__name__} has parameters on the meta device: conversion initialises P "

@@ -33,7 +33,7 @@ class UnsupportedModelError(TTTError):
 
 
 class UnsupportedDeviceError(TTTError):
-    """No fast-weight kernel exists for the tensors' device."""
+    """No fast-weight kernel exists for the tensors' device, or nothing is known of a device to plan for."""
 
 
 class GraphRewriteError(TTTError):

@@ -23,11 +23,13 @@ from ttt_compiler.codegen.cost_model import (
     lowering_name,
     overhead_percent,
 )
+from ttt_compiler.codegen.devices import H100, Device, device_of
 from ttt_compiler.config import TTTConfig
 from ttt_compiler.discover import Discovery, FoundMLP, Inputs, discover
 from ttt_compiler.discovery.choose_layers import block_indices, choose_layers
 from ttt_compiler.eligibility import candidates_of, check_sites, why_not
 from ttt_compiler.errors import NoMLPFoundError
+from ttt_compiler.model_cost import ModelShape, Sites, decode, prefill, training
 from ttt_compiler.passes.dataflow import Dataflow
 from ttt_compiler.report_text import mebibytes, table, wrapped
 from ttt_compiler.runtime.root import Root, unwrap
@@ -36,6 +38,8 @@ from ttt_compiler.spec import SiteSpec
 
 LEFT_OUT = "left out by layers="
 _TARGET_SOURCES = {"hidden_states": "the MLP's own input", "input_embed": "the token embeddings"}
+# The length that overheads are predicted for.
+PREDICTED_TOKENS = 32768
 _NAMES_SHOWN = 3
 _LINES_SHOWN = 6
 
@@ -84,6 +88,7 @@ class Report:
         state_bytes: bytes of one sequence's state.
         flops_overhead_percent: added FLOPs per written token; see ``cost_model.OVERHEAD_RULE``.
         lowering: in words, what runs the sites.
+        predicted: in words, the time that they are predicted to add on a GPU; see ``docs/roofline.md``.
         rejected: (reason, names of contractions) of everything that is no MLP down-projection.
         problems: what went wrong, and why a conversion would fail.
     """
@@ -97,6 +102,7 @@ class Report:
     state_bytes: int = 0
     flops_overhead_percent: float = 0.0
     lowering: str | None = None
+    predicted: str | None = None
     rejected: tuple[tuple[str, tuple[str, ...]], ...] = ()
     problems: tuple[str, ...] = ()
 
@@ -129,13 +135,16 @@ class Report:
         """What the fast weights cost, in words; empty when there are none."""
         if not any(row.chosen for row in self.rows):
             return {}
-        return {
+        costs = {
             "target source": str(self.target_source),
             "parameters added": f"{self.parameters_added:,}",
             "state per sequence": mebibytes(self.state_bytes),
             "FLOPs per written token": f"+{self.flops_overhead_percent:.1f} % {OVERHEAD_RULE}",
             "lowering": str(self.lowering),
         }
+        if self.predicted is not None:
+            costs["predicted"] = self.predicted
+        return costs
 
     def to_html(self) -> str:
         """The report with its dataflow drawn, as one page that needs nothing else."""
@@ -285,10 +294,35 @@ def _with_costs(report: Report, model: nn.Module, specs: Sequence[SiteSpec], pro
             state_bytes=bytes_per_sequence(specs, dtype),
             flops_overhead_percent=overhead_percent(specs, linear_parameters(model)),
             lowering=lowering_name(specs[0], weight.device, dtype),
+            predicted=_predicted(model, specs, weight.device, dtype),
         )
     except Exception as e:
         problems.append(_problem(e))
         return report
+
+
+def _predicted(
+    model: nn.Module, specs: Sequence[SiteSpec], where: torch.device, dtype: torch.dtype
+) -> str | None:
+    """Overheads by the cost model, on the GPU at hand where it is known, else on an H100."""
+    device: Device = H100
+    if where.type == "cuda":
+        device = device_of(torch.cuda.get_device_name(where)) or H100
+    if dtype not in device.peaks:
+        return None
+    shape = ModelShape.of(model, dtype=dtype, mlp=(specs[0].d_model, specs[0].d_ff))
+    sites, tokens = Sites.group(specs), PREDICTED_TOKENS
+    parts = {
+        "prefill": prefill(shape, sites, tokens, device),
+        "decode": decode(shape, sites, tokens, device),
+        "training": training(shape, sites, tokens, device),
+    }
+    added = ", ".join(f"{name} {cost.percent:+.1f} %" for name, cost in parts.items())
+    attention = "" if shape.attention_width else "; attention is not known and not counted"
+    return (
+        f"{added} of the model's own time on one {device.name} in {str(dtype).removeprefix('torch.')} at "
+        f"{tokens:,} tokens (roofline, not measured{attention})"
+    )
 
 
 def _shown(config: TTTConfig) -> dict[str, Any]:

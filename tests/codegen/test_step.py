@@ -144,6 +144,22 @@ def test_the_switch_from_factored_to_dense_is_where_the_formula_says_and_exact()
     assert forms == [(i + 1) // 2 * 2 if i < 11 else 0 for i in range(30)]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_slow_decay_is_not_rounded_away(dtype):
+    """0.998 v is v in bf16: rows of a narrow dtype are no place for what decays."""
+    one, gamma = spec(1, WriteRule(decay=0.998)), 0.998**9
+    args = problem(3, 10, dtype)
+    args[1][:, 1:] = 0  # one write, which then decays nine times
+    state = fresh(one, 3, dtype)
+    for i in range(10):
+        feed(state, one, args, i, i + 1)
+    assert bool(state.column(KEY, FACTORED)[0]) == (dtype == torch.float32)
+    w0 = args[2].double()
+    exact = final_weight(one, [x.double() for x in args], 0) - w0
+    left = state.matrix(KEY, 0, args[2]).double() - w0
+    assert abs(float(left.norm() / exact.norm()) - 1) < 0.3 * (1 - gamma)
+
+
 def test_a_sequence_alone_is_never_factored():
     one = spec(2)
     args = problem(1, 4)

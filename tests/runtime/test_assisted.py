@@ -111,6 +111,41 @@ def test_a_session_continues_after_assisted_decoding(model, greedy):
     assert session.state.revocable == kept
 
 
+@pytest.mark.parametrize("how", ["session", "returned", "failed"])
+def test_recording_ends_with_assisted_decoding(model, how):
+    """Plain calls after it keep no more than it kept, and their chunks are written."""
+    session, lookup = ttt.Session(model), {"prompt_lookup_num_tokens": 3}
+    cache, given = session.cache, {"past_key_values": session.cache}
+    if how == "returned":
+        given = {"return_dict_in_generate": True}
+        cache = run(model, models.ids(1, 11), **given, **lookup).past_key_values
+    elif how == "failed":
+        run(model, models.ids(1, 11), **given)
+        with pytest.raises(CacheError, match="Continue this session"):
+            run(model, models.ids(1, 11), **given, **lookup)
+    else:
+        run(model, models.ids(1, 11), **given, **lookup)
+    kept = cache.ttt.revocable
+    for i in range(3):
+        model(models.ids(1, 64, seed=i), past_key_values=cache)
+    assert cache.ttt.revocable == kept
+    seen, (written,) = cache.ttt.tokens_seen[0], cache.ttt.chunks_written.values()
+    assert written == [(seen - kept) // 4]
+
+
+def test_a_refused_call_is_not_counted(model):
+    """A pool's tail does not grow: what is refused for it stays refused for what it says, no more."""
+    pool = ttt.Pool(model, sequences=1, revocable=32)
+    with pool.use("a") as session:
+        session.cache.activate_past_recording()
+        for _ in range(2):
+            with pytest.raises(CacheError, match="64 tokens must stay revocable"):
+                model(**session.inputs(models.ids(1, 40)))
+        model(**session.inputs(models.ids(1, 30)))
+        session.cache.crop(-30)
+        assert session.tokens_seen == [0]
+
+
 def test_plain_generation_keeps_nothing_revocable(model):
     session = ttt.Session(model)
     run(model, models.ids(1, 11), past_key_values=session.cache)

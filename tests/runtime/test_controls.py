@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 
 import pytest
@@ -16,9 +18,14 @@ from tests.tolerances import SEGMENTATION, relative_error
 from ttt_compiler.adapter import CONFIG_FILE, TENSOR_FILE
 from ttt_compiler.architectures.oracle import oracle_call
 from ttt_compiler.codegen import reference
-from ttt_compiler.errors import ConfigError, GraphRewriteError, NonFiniteWriteError
+from ttt_compiler.codegen.cpu.controls import limited
+from ttt_compiler.codegen.cpu.step import fast_weight_step
+from ttt_compiler.codegen.layout import SKIPPED
+from ttt_compiler.errors import ConfigError, GraphRewriteError, NonFiniteWriteError, PositionError
 from ttt_compiler.runtime.files import HEADER, MARK
 from ttt_compiler.runtime.root import require_root
+from ttt_compiler.runtime.state import FastWeightState
+from ttt_compiler.spec import SiteSpec, WriteRule
 
 EAGER = "inplace_ttt_eager"
 OPTIONS = ("normalize_keys", "max_write_norm", "max_write_ratio", "decay", "on_nonfinite")
@@ -80,6 +87,51 @@ def test_a_running_state_a_whole_call_and_the_reference_agree(name, backend):
     assert relative_error(expected, free) > 1e-2, "the control changes what is computed"
     assert relative_error(whole, expected) < SEGMENTATION
     assert relative_error(pieces, expected) < SEGMENTATION
+
+
+def test_rows_that_cancel_do_not_slip_past_the_limit():
+    """Their write is small beside ``||v|| ||h||``, and large beside the limit."""
+    g = torch.Generator().manual_seed(0)
+    v, h = torch.randn(1, 256, generator=g), torch.randn(1, 768, generator=g)
+    for rest in (0.1, 1e-2, 1e-3, 1e-4, 1e-5):
+        u, k = torch.cat([v, -(1 - rest) * v]).repeat(8, 1), h.repeat(16, 1)
+        exact = (u.double().t() @ k.double()).norm()
+        scaled, norm = limited(u, k, exact.float() / 2, unit_keys=False)
+        assert float(norm) == pytest.approx(float(exact), rel=1e-3)
+        written = (scaled.double().t() @ k.double()).norm()
+        assert float(written) == pytest.approx(float(exact) / 2, rel=0.02)
+
+
+def test_waiting_chunks_follow_a_changed_adapter():
+    """A chunk that acts from the tail is that which will be written."""
+    model = plain(unusual.Stack(unusual.MLP()))
+    x = unusual.inputs(tokens=17, rows=1)
+    with torch.no_grad():
+        sessions = [ttt.Session(model, revocable=9) for _ in range(2)]
+        model(x[:, :7], ttt_state=sessions[0].state)
+        branch = sessions[0].fork()
+        models.randomize(model, seed=11)
+        model(x[:, :7], ttt_state=sessions[1].state)
+        assert sessions[0].state.chunks_written == sessions[1].state.chunks_written
+        y = [model(x[:, 7:9], ttt_state=s.state) for s in (sessions[1], sessions[0], branch)]
+    assert torch.equal(y[0], y[1])
+    assert torch.equal(y[0], y[2])
+
+
+def test_unit_keys_of_a_tiny_norm_in_fp16_are_refused_not_written_wrong():
+    """``v / ||h||`` is kept in the model's dtype: what does not fit is an error, or counted as skipped."""
+    one = SiteSpec("w", 8, 16, 8, 4, 1.0, "hidden_states", False, 5, "", rule=WriteRule(keys="unit"))
+    g = torch.Generator().manual_seed(0)
+    h, t, w0, conv = (torch.randn(s, generator=g) for s in ((1, 4, 16), (1, 4, 8), (8, 16), (8, 1, 5)))
+    given = [x.half() for x in (h * 1e-5, t * 100, w0, conv)]
+    for mode in ("raise", "skip"):
+        one = dataclasses.replace(one, rule=WriteRule(keys="unit", on_nonfinite=mode))
+        state = FastWeightState.zeros([one], 1, torch.float16, torch.device("cpu"))
+        call = (*given[:3], None, given[3], None, None, one, state.sites["w"], state.batch)
+        with pytest.raises(NonFiniteWriteError) if mode == "raise" else contextlib.nullcontext():
+            fast_weight_step(*call)
+    assert state.column("w", SKIPPED) == [1]
+    assert state.chunks_written == {"w": [0]}
 
 
 @pytest.mark.parametrize("revocable", [0, 6])
@@ -319,6 +371,34 @@ def test_packed_documents_of_a_plain_module(monkeypatch, controls):
     same_documents(
         model, lambda: model(x, ttt_cu_seqlens=BOUNDS), lambda: [model(d) for d in x.split([7, 12], 1)]
     )
+
+
+BAD_BOUNDS = {
+    "of a batch in one row": [0, 8, 11, 16],
+    "not from the start": [3, 8],
+    "not to the end": [0, 3],
+    "that fall": [0, 5, 3, 8],
+    "per row": [[0, 8], [0, 8]],
+    "that are no integers": [0.0, 8.0],
+    "that are none": [],
+}
+
+
+@pytest.mark.parametrize("name", BAD_BOUNDS)
+def test_boundaries_of_other_tokens_are_refused(name):
+    model, x = plain(unusual.Stack(unusual.MLP())), unusual.inputs(tokens=8)
+    with pytest.raises(PositionError, match=r"do not fit a call of 2 rows of 8 tokens. Pass integers"):
+        model(x, ttt_cu_seqlens=torch.tensor(BAD_BOUNDS[name]))
+    with ttt.disabled(model):
+        model(x, ttt_cu_seqlens=torch.tensor(BAD_BOUNDS[name]))
+
+
+def test_documents_without_tokens():
+    """Boundaries of a fixed number, as collators pad them."""
+    model, x = plain(unusual.Stack(unusual.MLP())), unusual.inputs(tokens=8)
+    with torch.no_grad():
+        y = [model(x, ttt_cu_seqlens=torch.tensor(b)) for b in ([0, 3, 8], [0, 0, 3, 3, 8, 8])]
+    assert torch.equal(*y)
 
 
 @pytest.mark.parametrize("how", ["positions", "cu_seqlens"])

@@ -11,7 +11,7 @@ import ttt_compiler as ttt
 from tests import models, unusual
 from tests.tolerances import SEGMENTATION, relative_error
 from ttt_compiler.codegen.layout import FACTORED
-from ttt_compiler.errors import CacheError, CropError, PoolError, PoolFullError, PositionError
+from ttt_compiler.errors import CacheError, PoolError, PoolFullError
 
 
 @pytest.fixture(scope="module")
@@ -126,52 +126,6 @@ def test_two_threads_take_turns_on_one_sequence_and_share_the_pool(model):
     for thread in threads:
         thread.join()
     assert not errors
-
-
-@pytest.mark.parametrize("through", ["session", "cache"])
-def test_a_reset_forgets_different_lengths_too(model, through):
-    tokens, expected = texts(model, 2)
-    pool = ttt.Pool(model, sequences=2)
-    read(model, pool, ["a"], tokens[:1, :9])
-    read(model, pool, ["b"], tokens[1:, :3])
-    with pool.use("a", "b") as batch:
-        assert batch.padding == [0, 6]
-        getattr(batch, through, batch).reset()
-        logits = model(tokens[:, :8], past_key_values=batch.cache).logits
-        assert relative_error(logits, expected[:, :8]) < SEGMENTATION
-        assert batch.padding == [0, 0]
-        assert batch.attention_mask(2).all()
-    for row, name in enumerate("ab"):
-        logits = read(model, pool, [name], tokens[row : row + 1, 8:])
-        assert relative_error(logits, expected[row : row + 1, 8:]) < SEGMENTATION
-
-
-def test_padding_among_new_tokens_is_remembered_and_not_kept(model):
-    tokens, expected = texts(model, 3)
-    pool = ttt.Pool(model, sequences=3)
-    read(model, pool, ["b"], tokens[1:2, :4])
-    at = {"a": 0, "b": 4, "c": 0}
-    with pool.use("a", "b", "c") as batch:
-        # To the left of the tokens, to the right of them, and between two calls.
-        for counts, left in (((7, 3, 5), False), ((1, 4, 2), True), ((2, 2, 2), False), ((1, 0, 3), True)):
-            size = max(counts)
-            ids, mask = torch.zeros(3, size, dtype=torch.int64), torch.zeros(3, size, dtype=torch.int64)
-            for row, (name, count) in enumerate(zip("abc", counts, strict=True)):
-                span = slice(size - count, size) if left else slice(0, count)
-                ids[row, span], mask[row, span] = tokens[row, at[name] : at[name] + count], 1
-            logits = model(**batch.inputs(ids, mask)).logits
-            for row, (name, count) in enumerate(zip("abc", counts, strict=True)):
-                wanted = expected[row, at[name] : at[name] + count]
-                assert not count or relative_error(logits[row, mask[row] == 1], wanted) < SEGMENTATION
-                at[name] += count
-        with pytest.raises(CropError, match="padding between tokens"):
-            batch.cache.crop(-1)
-    assert [pool._sequences[n].cache.get_seq_length() for n in "abc"] == [11, 13, 12] == list(at.values())
-    for row, name in enumerate("abc"):
-        logits = read(model, pool, [name], tokens[row : row + 1, at[name] :])
-        assert relative_error(logits, expected[row : row + 1, at[name] :]) < SEGMENTATION
-    with pool.use("a") as one, pytest.raises(PositionError):
-        one.inputs(tokens[:1, :3], torch.ones(1, 2))
 
 
 def test_models_without_a_cache():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import pickle
+import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -13,10 +15,13 @@ import ttt_compiler as ttt
 from tests import models
 from tests.runtime import hostile
 from tests.tolerances import SEGMENTATION, relative_error
-from ttt_compiler.errors import CacheError, ConfigError, NotConvertedError, SnapshotError
-from ttt_compiler.runtime.files import read_header
+from ttt_compiler.errors import CacheError, ConfigError, CropError, NotConvertedError, SnapshotError
+from ttt_compiler.runtime.files import read_header, read_tensors, write_tensors
+from ttt_compiler.runtime.root import require_root
 from ttt_compiler.runtime.rows import export_row
 from ttt_compiler.runtime.state import bytes_per_sequence
+
+KEY = "model.layers.0.mlp.down_proj.weight"
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +62,47 @@ def test_fork_is_independent_and_reset_starts_over(model):
     assert torch.equal(read(model, tokens[:, :10], session), first)
 
 
+@pytest.mark.parametrize("rows", [[True, False, True], [-1, 0]], ids=["mask", "from the end"])
+def test_rows_are_selected_as_keys_and_values_are(model, rows):
+    tokens, kept = models.ids(3, 14), torch.tensor(rows)
+    session = ttt.Session(model, batch_size=3)
+    read(model, tokens[:, :9], session)
+    session.cache.batch_select_indices(kept)
+    assert session.batch_size == session.cache.layers[0].keys.shape[0] == 2
+    out = read(model, tokens[kept, 9:], session)
+    assert relative_error(out, models.oracle(model, tokens[kept])[:, 9:]) < SEGMENTATION
+
+
+def test_a_fork_that_runs_meanwhile_does_not_write_into_what_is_copied(model):
+    tokens = models.ids(1, 10)
+    session = ttt.Session(model)
+    read(model, tokens, session)
+    branch, kept = session.fork(), session.state.matrix(KEY, 0, torch.zeros(32, 80))
+
+    class Sharers(weakref.WeakSet):
+        def discard(self, item):
+            """The moment from which the other one is alone."""
+            super().discard(item)
+            if item is session.state:
+                branch.state.own()
+                branch.state.sites[KEY].w.fill_(7.0)
+
+    session.state._sharers = branch.state._sharers = Sharers([session.state, branch.state])
+    session.state.own()
+    assert torch.equal(session.state.matrix(KEY, 0, torch.zeros(32, 80)), kept)
+
+
+def test_keeping_tokens_revocable_waits_for_a_call(model):
+    session = ttt.Session(model)
+    thread = threading.Thread(target=session.keep_revocable, args=(8,))
+    with require_root(model)[1].lock:
+        thread.start()
+        thread.join(0.2)
+        assert session.state.revocable == 0
+    thread.join()
+    assert session.state.revocable == 8
+
+
 def test_save_and_load_are_bitwise(model, tmp_path):
     tokens = models.ids(2, 23)
     session = ttt.Session(model, batch_size=2)
@@ -76,6 +122,17 @@ def test_a_session_of_format_version_1_is_read(model):
     assert loaded.tokens_seen == [10, 10]
     oracle = models.oracle(model, torch.cat([models.ids(2, 10), tokens], 1))[:, 10:]
     assert relative_error(read(model, tokens, loaded), oracle) < SEGMENTATION
+
+
+def test_a_session_of_format_version_2_is_read(model, tmp_path):
+    """It had a counter fewer per row, the last one."""
+    session = ttt.Session(model)
+    read(model, models.ids(1, 10), session)
+    session.save(tmp_path / "s.ttt")
+    tensors, header = read_tensors(tmp_path / "s.ttt", SnapshotError)
+    old = {name: x[:8].clone() if name.endswith(".rows") else x for name, x in tensors.items()}
+    write_tensors(tmp_path / "s.ttt", old, {**header, "version": 2}, SnapshotError)
+    assert same(session, ttt.Session.load(model, tmp_path / "s.ttt"))
 
 
 @pytest.mark.parametrize(("method", "bound"), [("bf16", 2**-8), ("int8", 0.02), ("lowrank:4", 0.9)])
@@ -111,16 +168,27 @@ def test_an_empty_session_round_trips(model, tmp_path):
     assert relative_error(read(model, tokens, loaded), models.oracle(model, tokens)) < SEGMENTATION
 
 
-def test_inference_mode(model):
-    """Its tensors count no writes, which forks and lost calls are told by elsewhere."""
+@pytest.mark.parametrize("rows", [[0, 1], [1, 1, 0]], ids=["kept", "selected"])
+def test_inference_mode(rows):
+    """Sessions of it go on outside of it, and calls of it leave nothing that others cannot write into."""
+    model = models.converted()
+    model.compile(backend="inplace_ttt_eager", dynamic=True)
     tokens = models.ids(2, 23)
     with torch.inference_mode():
+        model(tokens, use_cache=False)
         session = ttt.Session(model, batch_size=2)
         read(model, tokens[:, :10], session)
         branch = session.fork()
-        out = read(model, tokens[:, 10:], branch)
-        session.reset()
-    assert relative_error(out, models.oracle(model, tokens)[:, 10:]) < SEGMENTATION
+        inside = read(model, tokens[:, 10:], branch)
+        session.keep_revocable(3)
+        session.cache.batch_select_indices(torch.tensor(rows))
+        other = ttt.Session(model, batch_size=2)
+        other.reset()
+    expected = models.oracle(model, tokens)
+    assert relative_error(inside, expected[:, 10:]) < SEGMENTATION
+    assert relative_error(read(model, tokens[rows, 10:], session), expected[rows, 10:]) < SEGMENTATION
+    assert relative_error(read(model, tokens, other), expected) < SEGMENTATION
+    model(tokens, use_cache=False).logits.square().mean().backward()
 
 
 def test_generate_continues_a_session(model):
@@ -148,6 +216,25 @@ def test_evict_keeps_fast_weights(model):
     assert session.cache.get_seq_length() == 0
     with pytest.raises(CacheError, match="at least 0"):
         session.evict(keep=-1)
+
+
+def test_a_crop_does_not_reach_what_was_evicted(model, tmp_path):
+    """It would take the sink for the tokens in front of the window."""
+    tokens = models.ids(1, 22)
+    session = ttt.Session(model, revocable=8)
+    read(model, tokens[:, :20], session)
+    session.evict(keep=4, sink=1)
+    session.evict(keep=100)
+    model(tokens[:, 20:], past_key_values=session.cache, position_ids=torch.tensor([[20, 21]]))
+    session.save(tmp_path / "s.ttt")
+    loaded = ttt.Session.load(model, tmp_path / "s.ttt")
+    for each in (session.fork(), loaded, session):
+        with pytest.raises(CropError, match=r"cannot take back 7 tokens: .*evicted"):
+            each.cache.crop(-7)
+        assert (each.cache.get_seq_length(), each.tokens_seen) == (7, [22])
+        if each is not loaded:  # a file does not say where tokens are missing
+            each.cache.crop(-6)
+            assert (each.cache.get_seq_length(), each.tokens_seen) == (1, [16])
 
 
 def test_state_bytes_are_known_before_allocation_and_do_not_grow(model):

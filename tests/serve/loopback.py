@@ -99,7 +99,7 @@ class Direct:
 class Server:
     """The application in a thread."""
 
-    def __init__(self, model, tokenizer, folder=None, limit=8, block=512, grace=5) -> None:
+    def __init__(self, model, tokenizer, folder=None, limit=8, block=512, grace=5, **options) -> None:
         self.engine = Engine(model, tokenizer, block=block)
         store = None if folder is None else Store(folder, model)
         self.sessions = None
@@ -109,7 +109,10 @@ class Server:
             return self.sessions
 
         config = uvicorn.Config(
-            build_app("tiny", make), log_level="error", timeout_graceful_shutdown=grace, lifespan="on"
+            build_app("tiny", make, **options),
+            log_level="error",
+            timeout_graceful_shutdown=grace,
+            lifespan="on",
         )
         self._server = uvicorn.Server(config)
         self._socket = socket.socket()

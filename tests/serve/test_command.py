@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -35,6 +36,7 @@ def folder(tmp_path_factory):
 class Process:
     def __init__(self, folder) -> None:
         options = ["--eager", "--port", "0", "--adapter", folder / "adapter", "--sessions", folder / "kept"]
+        options += ["--max-body", "50000"]
         self._process = subprocess.Popen(
             [sys.executable, "-m", "ttt_compiler", "serve", folder / "tiny", *options],
             stderr=subprocess.PIPE,
@@ -69,6 +71,9 @@ def test_a_killed_server_continues(folder):
     assert "adapter" not in server.log, "no warning about a missing one"
     reply = server.chat(*conversation).choices[0].message.content
     assert reply == direct.say(TEXTS[0])
+    with pytest.raises(openai.APIStatusError, match="more than 50000 bytes") as caught:
+        server.chat(user("w" * 50_000))
+    assert caught.value.status_code == 413
     conversation += [assistant(reply), user(TEXTS[1])]
     running = iter(server.chat(*conversation, max_tokens=400, stream=True))
     for _ in range(3):
@@ -103,6 +108,9 @@ def test_without_an_adapter_sessions_belong_to_the_same_model_after_a_restart(tm
     [
         (["./no-such-folder"], "no such folder"),
         (["smollm2", "--max-sessions", "0"], "max_sessions"),
+        (["smollm2", "--port", "99999"], "port=99999 must lie between 0"),
+        (["smollm2", "--host", "192.0.2.1"], "cannot listen on --host 192.0.2.1"),
+        (["smollm2", "--max-body", "0"], "max_body=0"),
         (["smollm2", "--chunk-size", "0"], "chunk_size"),
         (["smollm2", "--chat-template", "no-such.jinja"], "no-such.jinja"),
     ],
@@ -112,6 +120,16 @@ def test_mistakes_are_one_line_and_exit_code_2(arguments, message):
     assert result.exit_code == 2
     assert result.stderr.splitlines()[-1].startswith("error: ")
     assert message in result.stderr
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_a_port_in_use_is_refused_before_the_model_is_loaded(monkeypatch, host):
+    monkeypatch.setattr("ttt_compiler.serve.launch.load_pretrained", lambda _: pytest.fail("loaded"))
+    with socket.create_server((host, 0)) as other:
+        port = str(other.getsockname()[1])
+        result = CliRunner().invoke(app, ["serve", "smollm2", "--host", host, "--port", port])
+    assert result.exit_code == 2
+    assert f"cannot listen on --host {host} --port {port}" in result.stderr
 
 
 def test_a_model_without_a_chat_template_is_refused_before_it_is_converted(folder, tmp_path):

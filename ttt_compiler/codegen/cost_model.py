@@ -1,18 +1,26 @@
-"""Closed-form FLOPs and bytes of a fast-weight site, and the name of the lowering that runs it.
+"""Closed-form FLOPs and bytes of a fast-weight site, the order of the forms that can run it, and their names.
 
-The formulas describe the algorithms in :mod:`ttt_compiler.codegen.cpu`; nothing is measured here.
-May be changed here: a formula or a name, together with the kernel that it describes.
+The counts of a site describe the algorithms in :mod:`ttt_compiler.codegen.cpu`; those of a form live in
+:mod:`~ttt_compiler.codegen.forms`, :mod:`~ttt_compiler.codegen.on_chip` and
+:mod:`~ttt_compiler.codegen.forms_cpu`. Nothing is measured here. May be changed here: a formula or a name,
+together with the kernel that it describes, and which forms are compared.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from ttt_compiler.codegen import forms, forms_cpu
 from ttt_compiler.codegen.cpu.gemm import ONEDNN_MIN_ROWS, SHADOW_MIN_ROWS, is_amd
+from ttt_compiler.codegen.devices import Device
+from ttt_compiler.codegen.forms import ScanShape
+from ttt_compiler.codegen.kernels.tiles import SCAN, architecture, shipped
+from ttt_compiler.codegen.on_chip import ScanConfig, on_chip, why_not, workspace_bytes
+from ttt_compiler.codegen.phases import Cost, Phase, cost_of
 from ttt_compiler.spec import CONV, PROJ, SiteSpec, state_dtype
 
 OVERHEAD_RULE = (
@@ -80,6 +88,59 @@ def call_bytes(spec: SiteSpec, tokens: int, dtype: torch.dtype, *, seen: int = 0
     return pieces * matrix * acc + rows + writes * (chunk + 2 * matrix * acc)
 
 
+@dataclass(frozen=True)
+class Choice:
+    """One way to run a scan.
+
+    Attributes:
+        form: ``"on_chip"``, ``"two_gemm"``, ``"dual"`` or ``"recurrent"`` (a processor's loop).
+        config: tiles of our kernel; None for the other forms.
+        span: tokens inside of which ``dual`` is used; None for the other forms.
+        phases: what runs.
+        cost: predicted.
+        workspace: bytes it needs besides operands and result.
+    """
+
+    form: str
+    config: ScanConfig | None
+    span: int | None
+    phases: tuple[Phase, ...]
+    cost: Cost
+    workspace: int
+
+
+def rank_scan_configs(shape: ScanShape, device: Device, configs: Sequence[ScanConfig]) -> list[Choice]:
+    """The forms of a scan and the configurations of our kernel, the fastest by prediction first.
+
+    Args:
+        shape: of the scan.
+        device: where.
+        configs: to compare; what cannot run on the device is left out (:func:`on_chip.why_not` says why).
+
+    Returns:
+        One choice per configuration that can run, and one per other form. Equal predictions keep the order
+        of ``configs``, so the result is the same everywhere.
+    """
+    state, narrow = shape.matrix * shape.state_itemsize, shape.matrix * shape.dtype.itemsize
+    copies = state + (narrow if shape.state_itemsize != shape.dtype.itemsize else 0)
+    found: list[tuple[str, ScanConfig | None, int | None, tuple[Phase, ...], int]] = [
+        ("on_chip", c, None, on_chip(shape, device, c), workspace_bytes(c, shape))
+        for c in configs
+        if why_not(c, shape, device) is None
+    ]
+    if device.overlaps:
+        found.append(("two_gemm", None, None, forms.two_gemm(shape, device), copies))
+    else:
+        found.append(("recurrent", None, None, forms_cpu.recurrent(shape, device), copies))
+    span = forms.best_span(shape, device)
+    if span > shape.chunk:
+        scores = shape.batch * shape.chunk * min(span, shape.tokens) * shape.dtype.itemsize
+        needed = scores + (copies if span < shape.tokens else 0)
+        found.append(("dual", None, span, forms.dual(shape, device, span=span), needed))
+    choices = [Choice(f, c, s, phases, cost_of(phases, device), w) for f, c, s, phases, w in found]
+    return sorted(choices, key=lambda choice: choice.cost.seconds)
+
+
 def linear_parameters(model: nn.Module) -> int:
     """Scalars of every weight matrix that multiplies a token, each counted once.
 
@@ -115,8 +176,14 @@ def overhead_percent(specs: Iterable[SiteSpec], model_params: int) -> float:
 
 def lowering_name(spec: SiteSpec, device: torch.device, dtype: torch.dtype) -> str:
     """In words, what runs a site on ``device`` for operands of ``dtype``."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        tile = shipped(architecture(device), dtype, SCAN)[0]
+        return (
+            f"{architecture(device)}: chunk scan on the chip, fp32 state, one Triton template per site with "
+            f"tiles of up to {tile.outer} x {tile.inner} of W, or library products, by predicted time"
+        )
     if device.type not in ("cpu", "meta"):
-        return f"none: kernels exist for CPU only so far, and the weights are on {device.type}"
+        return f"none: kernels exist for CPU and CUDA, and the weights are on {device.type}"
     mkl: bool = torch.backends.mkl.is_available()
     blas = "MKL" if mkl else "the BLAS that torch was built with"
     gemms = f"GEMMs by {blas}"

@@ -6,6 +6,7 @@
   backend, so its kernel raises. It returns its first argument.
 - ``ttt::chunk_conv``, ``ttt::limit_writes``, ``ttt::chunk_scan`` (+ their backward ops): the stateless,
   differentiable form.
+- ``ttt::chunk_table``, ``ttt::chunk_places``: chunks of a batch for kernels that must not wait for the host.
 - ``ttt::fast_weight_step``: the stateful form; mutates the running sequence's tensors.
 
 May be changed here: schemas, together with the rewrite pass. Importing this registers the ops; it imports
@@ -14,7 +15,11 @@ no kernel toolchain.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
+import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,6 +29,14 @@ from ttt_compiler.codegen.cpu import controls as cpu_controls
 from ttt_compiler.codegen.cpu import conv as cpu_conv
 from ttt_compiler.codegen.cpu import scan as cpu_scan
 from ttt_compiler.codegen.cpu import step as cpu_step
+from ttt_compiler.codegen.gpu.library import chunk_scan_backward_library
+from ttt_compiler.codegen.kernels.chunk_table import (
+    chunk_places,
+    chunk_table,
+    require_whole_documents,
+    skip_nonfinite,
+)
+from ttt_compiler.codegen.kernels.tiles import architecture
 from ttt_compiler.codegen.layout import StateTensors
 from ttt_compiler.errors import NotCompiledError, UnsupportedDeviceError
 from ttt_compiler.spec import SiteSpec, state_dtype
@@ -35,6 +48,9 @@ _lib.define(
     "Tensor? w, Tensor? tail_h, Tensor? tail_t, Tensor? tail_v, Tensor? lanes, Tensor? rows, Tensor? norms, "
     "Tensor? batch) -> Tensor"
 )
+_lib.define("chunk_table(Tensor pos, int chunk) -> Tensor")
+_lib.define("skip_nonfinite(Tensor? table, Tensor v, Tensor h, int chunk) -> Tensor")
+_lib.define("chunk_places(Tensor pos, int chunk) -> Tensor")
 _lib.define("chunk_conv(Tensor t, Tensor conv, Tensor? pos, int chunk) -> Tensor")
 _lib.define("chunk_conv_dweight(Tensor dv, Tensor t, Tensor? pos, int chunk, int kernel) -> Tensor")
 _lib.define(
@@ -53,10 +69,26 @@ _lib.define(
     "str on_nonfinite='raise') -> (Tensor, Tensor, Tensor)"
 )
 _lib.define(
+    "chunk_scan_backward_library(Tensor dy, Tensor h, Tensor v, Tensor w0, int chunk, float decay) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+_lib.define(
     "fast_weight_step(Tensor h, Tensor t, Tensor w0, Tensor? bias, Tensor conv, Tensor? proj, Tensor? pos, "
     "str spec, Tensor(a!) w, Tensor(b!) tail_h, Tensor(c!) tail_t, Tensor(d!) tail_v, Tensor(e!) lanes, "
     "Tensor(f!) rows, Tensor(g!) norms, Tensor batch) -> Tensor"
 )
+
+
+def _on_gpu(module: str, name: str) -> Callable[..., Any]:
+    """A function of ``codegen/gpu`` that is imported when it is first called: it needs triton."""
+
+    def call(*args: Any) -> Any:
+        # Triton launches on the current device, wherever the tensors are.
+        with torch.cuda.device_of(args[0]):
+            return getattr(importlib.import_module(f"ttt_compiler.codegen.gpu.{module}"), name)(*args)
+
+    return call
+
 
 KERNEL_OPS = (
     "chunk_conv",
@@ -97,13 +129,28 @@ def _fast_weight_step(
     batch: Tensor,
 ) -> Tensor:
     state = StateTensors(w, tail_h, tail_t, tail_v, lanes, rows, norms)
-    return cpu_step.fast_weight_step(h, t, w0, bias, conv, proj, pos, _decoded(spec), state, batch)
+    if h.device.type == "cpu":
+        step = cpu_step.fast_weight_step
+    else:
+        # Not at the top: it needs triton.
+        from ttt_compiler.codegen.gpu.step import fast_weight_step as step
+    with torch.cuda.device_of(h) if h.is_cuda else contextlib.nullcontext():
+        return step(h, t, w0, bias, conv, proj, pos, _decoded(spec), state, batch)
+
+
+def _chunk_table(pos: Tensor, chunk: int) -> Tensor:
+    require_whole_documents(pos)
+    return chunk_table(pos, chunk)
 
 
 _decoded = functools.lru_cache(maxsize=4096)(SiteSpec.decode)
 
 
 _lib.impl("site", _site, "CompositeExplicitAutograd")
+_lib.impl("chunk_table", _chunk_table, "CompositeExplicitAutograd")
+_lib.impl("skip_nonfinite", skip_nonfinite, "CompositeExplicitAutograd")
+_lib.impl("chunk_places", chunk_places, "CompositeExplicitAutograd")
+_lib.impl("chunk_scan_backward_library", chunk_scan_backward_library, "CompositeExplicitAutograd")
 _lib.impl("chunk_conv", cpu_conv.chunk_conv, "CPU")
 _lib.impl("chunk_conv_dweight", cpu_conv.chunk_conv_dweight, "CPU")
 _lib.impl("limit_writes", cpu_controls.limit_writes, "CPU")
@@ -111,23 +158,62 @@ _lib.impl("limit_writes_backward", cpu_controls.limit_writes_backward, "CPU")
 _lib.impl("chunk_scan", cpu_scan.chunk_scan, "CPU")
 _lib.impl("chunk_scan_backward", cpu_scan.chunk_scan_backward, "CPU")
 _lib.impl("fast_weight_step", _fast_weight_step, "CPU")
+for _module, _name in (
+    ("conv", "chunk_conv"),
+    ("conv", "chunk_conv_dweight"),
+    ("controls", "limit_writes"),
+    ("controls", "limit_writes_backward"),
+    ("scan", "chunk_scan"),
+    ("scan", "chunk_scan_backward"),
+):
+    _lib.impl(_name, _on_gpu(_module, _name), "CUDA")
+_lib.impl("fast_weight_step", _fast_weight_step, "CUDA")
 
 
-def require_cpu(device: torch.device, where: str) -> None:
+def require_kernels(device: torch.device, where: str) -> None:
     """Raise unless fast-weight kernels exist for ``device``.
 
     Raises:
         UnsupportedDeviceError: naming ``where`` and what to do.
     """
-    if device.type not in ("cpu", "meta"):
+    if device.type in ("cpu", "meta"):
+        return
+    if device.type != "cuda":
         raise UnsupportedDeviceError(
-            f"{where} is on {device}: fast-weight kernels exist for CPU only so far. Type model.to('cpu')"
+            f"{where} is on {device}: fast-weight kernels exist for CPU and CUDA. Type model.to('cpu')"
         )
+    if importlib.util.find_spec("triton") is None:
+        raise UnsupportedDeviceError(
+            f"{where} is on {device}, whose kernels need triton: pip install triton, or model.to('cpu')"
+        )
+    architecture(device)
 
 
 @torch.library.register_fake("ttt::site", lib=_lib)
 def _(x: Tensor, *_: object) -> Tensor:
     return torch.empty_like(x)
+
+
+@torch.library.register_fake("ttt::chunk_scan_backward_library", lib=_lib)
+def _(
+    dy: Tensor, h: Tensor, v: Tensor, w0: Tensor, chunk: int, decay: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(h), torch.empty_like(v), w0.new_empty(w0.shape)
+
+
+@torch.library.register_fake("ttt::chunk_table", lib=_lib)
+def _(pos: Tensor, chunk: int) -> Tensor:
+    return pos.new_empty(pos.shape[0], 2, pos.shape[1] + 2, dtype=torch.int32)
+
+
+@torch.library.register_fake("ttt::skip_nonfinite", lib=_lib)
+def _(table: Tensor | None, v: Tensor, h: Tensor, chunk: int) -> Tensor:
+    return v.new_empty(v.shape[0], 2, v.shape[1] + 2, dtype=torch.int32)
+
+
+@torch.library.register_fake("ttt::chunk_places", lib=_lib)
+def _(pos: Tensor, chunk: int) -> Tensor:
+    return pos.new_empty(pos.shape[0], pos.shape[1], 2, dtype=torch.int32)
 
 
 @torch.library.register_fake("ttt::chunk_conv", lib=_lib)

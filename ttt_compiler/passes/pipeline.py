@@ -23,7 +23,7 @@ from ttt_compiler.passes.verify import Verify
 
 # What a compiled graph depends on; a changed report or command line keeps the caches.
 _COMPILED_ROOMS = ("passes", "codegen", "runtime")
-_COMPILED_FILES = ("backend.py", "compat.py", "spec.py")
+_COMPILED_FILES = ("backend.py", "compat/__init__.py", "spec.py")
 
 PASSES = (MatchMarkers, BindTargets, RewriteFastWeights, Verify)
 

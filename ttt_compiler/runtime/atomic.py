@@ -55,7 +55,11 @@ def replacing(
     final = Path(path)
     handle: int | None = None
     temporary: Path | None = None
+    if "\0" in str(final) or not final.name:
+        raise error(f"{str(final)!a}: cannot be written: no name for a file; nothing was changed")
     try:
+        if final.exists() and not final.is_file():
+            raise error(f"{final}: cannot be written: a folder or a device stands there; nothing was changed")
         _remove_abandoned(final)
         temporary, handle = _claim(final, 0o600 if private else 0o666)
         yield temporary

@@ -21,6 +21,8 @@ from ttt_compiler.runtime.state import FastWeightState
 
 # Set on a cache, carrier or not yet, whose last tokens may be taken back (assisted decoding).
 RECORDS = "_ttt_records"
+# Calls whose positions a cache remembers.
+_REMEMBERED = 64
 # Fewest tokens that are kept revocable: drafts are up to 20 tokens by default, and growing has a price.
 _FEWEST = 32
 
@@ -31,13 +33,16 @@ class FastWeightCache:
     Attributes:
         ttt: the fast weights of the cache's rows.
         unconfirmed: tokens that came since :meth:`crop` ran last; counted while the cache records.
+        arrivals: tokens and positions of the last calls, newest last; what :meth:`crop` must look at.
     """
 
     ttt: FastWeightState
     unconfirmed: int = 0
+    arrivals: tuple[tuple[int, Tensor | None], ...] = ()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Permute rows (beam search)."""
+        # First what may refuse: then keys and values stay as they are too.
         with _undone_on_error(self.ttt):
             self.ttt.select(beam_idx)
             super().reorder_cache(beam_idx)  # type: ignore[misc]
@@ -67,7 +72,9 @@ class FastWeightCache:
         """
         if tokens_to_remove < 0:
             _require_croppable(self)
+            _require_one_piece(self, -tokens_to_remove)
             self.ttt.crop(-tokens_to_remove)
+            self.arrivals = _without(self.arrivals, -tokens_to_remove)
         super().crop(tokens_to_remove)  # type: ignore[misc]
         self.unconfirmed = 0
 
@@ -75,7 +82,7 @@ class FastWeightCache:
         """Forget everything: no keys and values, slow weights."""
         super().reset()  # type: ignore[misc]
         self.ttt.reset()
-        self.unconfirmed = 0
+        self.unconfirmed, self.arrivals = 0, ()
 
 
 @functools.cache
@@ -115,10 +122,17 @@ def expect(cache: FastWeightCache, tokens: int, logits_to_keep: object) -> None:
         return
     if isinstance(logits_to_keep, int) and logits_to_keep > 0:
         tokens = min(tokens, logits_to_keep)
-    cache.unconfirmed += tokens
-    if cache.unconfirmed > cache.ttt.revocable:
+    unconfirmed = cache.unconfirmed + tokens
+    if unconfirmed > cache.ttt.revocable:
         # By doubling: the tail's size is a shape that graphs are compiled for.
-        cache.ttt.keep_revocable(max(_FEWEST, 1 << (cache.unconfirmed - 1).bit_length()))
+        cache.ttt.keep_revocable(max(_FEWEST, 1 << (unconfirmed - 1).bit_length()))
+    cache.unconfirmed = unconfirmed
+
+
+def note_arrival(cache: FastWeightCache, tokens: int, pos: Tensor | None) -> None:
+    """After a call of ``tokens`` tokens at ``pos`` (``[B or 1, T]`` or None)."""
+    cache.arrivals = (*cache.arrivals, (tokens, pos))[-_REMEMBERED:]
+    cache.ttt.arrived(cache, tokens, pos)
 
 
 def cached_tokens(cache: Any) -> int:
@@ -149,6 +163,84 @@ def _require_croppable(cache: Any) -> None:
             )
 
 
+def _require_one_piece(cache: FastWeightCache, tokens: int) -> None:
+    """Raise unless the last ``tokens`` columns are a token of the running document in every row.
+
+    Keys and values count columns, fast weights count tokens: padding is in the one and not in the other. And
+    a document that began inside of them has replaced the fast weights of the one before.
+
+    Raises:
+        CropError: with what lies there.
+    """
+    stay = "Fork or save the session before tokens that may be rejected"
+    held = cached_tokens(cache)
+    real = cache.ttt.holding(held)
+    if real is not None and not bool(real[:, max(0, held - tokens) :].all()):
+        raise CropError(f"cannot take back {tokens} tokens: some of them are padding in a row. {stay}")
+    left = tokens
+    for index, (count, pos) in reversed(list(enumerate(cache.arrivals))):
+        columns = None if pos is None else pos[:, max(0, count - left) :]
+        if columns is not None:
+            if bool((columns < 0).any()):
+                raise CropError(
+                    f"cannot take back {tokens} tokens: some of them are padding in a row. {stay}"
+                )
+            # The first token of everything may go: the document before it is none. Caches that were loaded
+            # or put together may have held tokens before the first call that is remembered.
+            first = index == 0 and columns.shape[1] == count and tokens == held
+            inner = columns[:, 1:] if first else columns
+            if bool((inner == 0).any()):
+                raise CropError(f"cannot take back {tokens} tokens: a document begins among them. {stay}")
+        left -= count
+        if left <= 0:
+            return
+    own = [held] * cache.ttt.batch_size if real is None else real.sum(1).tolist()
+    if cache.ttt.tokens_seen != own:
+        raise CropError(
+            f"cannot take back {tokens} tokens: padding, another document or evicted tokens may lie among "
+            f"them. {stay}"
+        )
+
+
+def _without(
+    arrivals: tuple[tuple[int, Tensor | None], ...], tokens: int
+) -> tuple[tuple[int, Tensor | None], ...]:
+    """``arrivals`` without the last ``tokens`` tokens."""
+    kept = list(arrivals)
+    while kept and tokens > 0:
+        count, pos = kept.pop()
+        if count > tokens:
+            kept.append((count - tokens, None if pos is None else pos[:, : count - tokens]))
+        tokens -= count
+    return tuple(kept)
+
+
+def only_last(
+    arrivals: tuple[tuple[int, Tensor | None], ...], tokens: int
+) -> tuple[tuple[int, Tensor | None], ...]:
+    """``arrivals`` of the last ``tokens`` tokens."""
+    kept: list[tuple[int, Tensor | None]] = []
+    for count, pos in reversed(arrivals):
+        take = min(count, tokens)
+        if take == 0:
+            break
+        kept.append((take, None if pos is None else pos[:, count - take :]))
+        tokens -= take
+    # No longer the first call of all: what it began with may be gone.
+    return ((0, None), *reversed(kept))
+
+
+@contextlib.contextmanager
+def _undone_on_error(state: FastWeightState) -> Iterator[None]:
+    """Around a selection of rows, of ``state`` and then of keys and values: refused, it changes neither."""
+    sites, batch = dict(state.sites), state.batch
+    try:
+        yield
+    except BaseException:
+        state.sites, state.batch = sites, batch
+        raise
+
+
 def evict(layers: Iterable[Any], keep: int, sink: int) -> None:
     """Drop keys and values ``[B, H, T, d]`` of every layer but for the first ``sink`` and last ``keep``."""
     for layer in layers:
@@ -177,15 +269,19 @@ def plain_layers(cache: Any) -> list[Any]:
     return layers
 
 
-@contextlib.contextmanager
-def _undone_on_error(state: FastWeightState) -> Iterator[None]:
-    """Around a selection of rows, of ``state`` and then of keys and values: refused, it changes neither."""
-    sites, batch = dict(state.sites), state.batch
-    try:
-        yield
-    except BaseException:
-        state.sites, state.batch = sites, batch
-        raise
+def require_empty(cache: Any) -> None:
+    """Raise unless ``cache`` is a cache that nothing was read into.
+
+    Raises:
+        CacheError: it is something else, carries fast weights already, or holds tokens.
+    """
+    if not hasattr(cache, "layers") or not hasattr(cache, "get_seq_length"):
+        raise CacheError(f"cache is a {type(cache).__name__}; pass an empty cache of transformers")
+    if is_carrier(cache) or cached_tokens(cache) > 0:
+        raise CacheError(
+            f"this cache is in use ({cached_tokens(cache)} tokens): what it holds would be replaced. Pass an "
+            "empty one"
+        )
 
 
 def is_carrier(cache: Any) -> bool:

@@ -137,6 +137,24 @@ def _saying_what_is_assisted(inner: Callable[..., Any]) -> Callable[..., Any]:
     return prepare_cache
 
 
+def _ending_what_is_assisted(inner: Callable[..., Any]) -> Callable[..., Any]:
+    """``generate``: what it records for taking tokens back ends with it."""
+
+    @functools.wraps(inner)
+    def generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        caches = [kwargs.get("past_key_values")]
+        try:
+            out = inner(self, *args, **kwargs)
+            caches.append(getattr(out, "past_key_values", None))
+            return out
+        finally:
+            for cache in caches:
+                if getattr(cache, RECORDS, False):
+                    record_past(cache, False)
+
+    return generate
+
+
 def _refuse_early_exit(model: nn.Module, config: Any) -> None:
     """A draft by the first layers alone leaves the fast weights of the others behind, in the same cache."""
     from ttt_compiler.runtime.root import require_root
@@ -151,4 +169,5 @@ def _refuse_early_exit(model: nn.Module, config: Any) -> None:
 _WRAPPERS = {
     "init_continuous_batching": _refusing_pages,
     "_prepare_cache_for_generation": _saying_what_is_assisted,
+    "generate": _ending_what_is_assisted,
 }

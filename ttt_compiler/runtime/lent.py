@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ttt_compiler.errors import CacheError, CropError, PoolError
+from ttt_compiler.errors import CacheError, PoolError, PositionError
 from ttt_compiler.runtime.cache import cached_tokens, plain_layers
-from ttt_compiler.runtime.root import Root, require_padding_mask
+from ttt_compiler.runtime.root import Root
 from ttt_compiler.runtime.rows import export_row, import_row
 from ttt_compiler.runtime.session import Session
 from ttt_compiler.runtime.state import FastWeightState
@@ -24,36 +24,36 @@ class PooledState(FastWeightState):
 
     Attributes:
         context: most tokens whose keys and values one sequence may keep.
-        real: bool ``[B, n]`` on the CPU: which of the first n cached positions hold a token. All others do.
     """
 
     def __init__(self, tables: FastWeightState, rows: Tensor, owner: object, context: int | None) -> None:
         super().__init__(tables.specs, tables.sites, rows, owner)
         self.context = context
-        self.real = torch.ones(len(rows), 0, dtype=torch.bool)
+        # Which of the first cached positions hold a token; all others do.
+        self._real = torch.ones(len(rows), 0, dtype=torch.bool)
 
     def pad(self, padding: list[int]) -> None:
         """As many positions in front of every sequence are empty."""
-        self.real = torch.arange(max(padding))[None] >= torch.tensor(padding)[:, None]
+        self._real = torch.arange(max(padding))[None] >= torch.tensor(padding)[:, None]
+
+    def arrived(self, cache: Any, tokens: int, pos: Tensor | None) -> None:
+        """As :meth:`FastWeightState.arrived`, whoever made the mask that says which are padding."""
+        real = self.holding(max(0, cached_tokens(cache) - tokens))
+        new = torch.ones(self.batch_size, tokens, dtype=torch.bool, device="cpu")
+        if pos is not None:
+            new &= pos.cpu() >= 0
+        self._real = torch.cat([real, new], 1)
+
+    def holding(self, cached: int) -> Tensor:
+        """As :meth:`FastWeightState.holding`."""
+        known = self._real[:, :cached]
+        return torch.nn.functional.pad(known, (0, cached - known.shape[1]), value=True)
 
     def reset(self, rows: Iterable[int] | None = None) -> None:
         """As :meth:`FastWeightState.reset`; all rows are reset together with their keys and values."""
         super().reset(rows)
         if rows is None:
-            self.real = self.real[:, :0]
-
-    def crop(self, tokens: int) -> None:
-        """As :meth:`FastWeightState.crop`, of as many positions as tokens.
-
-        Raises:
-            CropError: some of the positions may be empty; nothing changed.
-        """
-        if bool((self.real[:, :-1] & ~self.real[:, 1:]).any()):
-            raise CropError(
-                "cannot take back tokens: some positions of this batch are padding between tokens. Take them "
-                "back in a block of their own, with pool.use(name): it holds tokens alone"
-            )
-        super().crop(tokens)
+            self._real = self._real[:, :0]
 
     def own(self) -> None:
         """The tables are the pool's, and rows of others are never touched."""
@@ -120,9 +120,7 @@ class PooledSession(Session):
     def real(self) -> Tensor:
         """Bool ``[B, cached]``: which positions of the cache hold a token of their sequence."""
         assert isinstance(self.state, PooledState)
-        cached = 0 if self.cache is None else cached_tokens(self.cache)
-        known = self.state.real[:, :cached]
-        return torch.nn.functional.pad(known, (0, cached - known.shape[1]), value=True)
+        return self.state.holding(0 if self.cache is None else cached_tokens(self.cache))
 
     @property
     def padding(self) -> list[int]:
@@ -147,12 +145,14 @@ class PooledSession(Session):
             PositionError: a mask of another shape.
         """
         new = torch.ones(ids.shape, dtype=torch.bool, device="cpu") if mask is None else mask.cpu().bool()
-        require_padding_mask(new, ids)
+        if new.shape != ids.shape:
+            raise PositionError(
+                f"mask {list(new.shape)} for tokens {list(ids.shape)}: pass 1 or 0 for each, those that come "
+                "alone; the pool knows which are cached"
+            )
         whole = torch.cat([self.real, new], 1)
         if not bool(new.all()):
             plain_layers(self.cache)
-        assert isinstance(self.state, PooledState)
-        self.state.real = whole
         seen = torch.tensor(self.tokens_seen)[:, None] + new.cumsum(1) - 1
         return {
             # A slice's offset into its storage is part of what a graph is compiled for.

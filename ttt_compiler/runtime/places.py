@@ -84,14 +84,16 @@ class Places:
                 seat.reset()
                 rows = sequence.parked or {}
                 if loaded is not None:
-                    state, sequence.cache = loaded
-                    rows = {s.key: export_row(state, s.key, 0) for s in self._root.specs}
+                    rows = {s.key: export_row(loaded[0], s.key, 0) for s in self._root.specs}
                 for spec in self._root.specs:
                     if spec.key in rows:
                         import_row(seat, spec, 0, rows[spec.key])
         except BaseException:
             self.free.append(row)
             raise
+        if loaded is not None:
+            # The file belongs to these slow weights, or it could not have been read.
+            sequence.cache, sequence.owner = loaded[1], self._root.owner()
         sequence.row, sequence.parked, sequence.on_disk = row, None, False
 
     def refuse_ended(self, sequence: Sequence, what: str) -> None:
@@ -102,12 +104,13 @@ class Places:
         """
         why = self.ended(sequence)
         if why is not None:
-            raise PoolError(f"{sequence.name!r} cannot {what}: {why}. Type pool.close(name)")
+            how = "Type" if sequence.lost is not None else "Put them back, or type"
+            raise PoolError(f"{sequence.name!r} cannot {what}: {why}. {how} pool.close(name)")
 
     def ended(self, sequence: Sequence) -> str | None:
         """Why a sequence cannot go on."""
         if sequence.lost is None and sequence.owner not in (None, self._root.owner()):
-            return "its fast weights were written on slow weights that were trained or loaded since"
+            return "the model's slow weights were trained or loaded since it was read"
         return sequence.lost
 
     def vacate(self, sequence: Sequence) -> None:
@@ -134,11 +137,11 @@ class Places:
         if sequence.lost is not None:
             self.drop(sequence)
             return
-        rows = self._rows(sequence)
-        size = _row_bytes(rows) + layer_bytes(sequence.cache)
+        size = _row_bytes(self._rows(sequence)) + layer_bytes(sequence.cache)
         if self._parked_bytes() + size <= self.parked_memory:
+            # One lock for both: once the row is free, a call in another thread may write into its slot.
             with self._root.lock:
-                # A slot is anybody's as soon as its row is vacated: a fork that is lent may write into it.
+                rows = self._rows(sequence)
                 parked = {k: {n: x.clone() for n, x in row.items()} for k, row in rows.items()}
                 self.vacate(sequence)
             sequence.parked = parked
@@ -199,8 +202,8 @@ class Places:
             raise PoolError(f"{sequence.name!r} cannot be read back: {e}. Type pool.close(name)") from e
         if loaded.batch_size != 1:
             raise PoolError(
-                f"{sequence.name!r} cannot be read back: its file holds {loaded.batch_size} sequences, a "
-                "pool's hold one. ttt.Session.load reads it"
+                f"{sequence.name!r} was saved with {loaded.batch_size} sequences, a pool keeps one per name: "
+                "open it with ttt.Session.load, or type pool.close(name), which deletes the file"
             )
         if loaded.state.revocable > self.tables.revocable:
             raise PoolError(

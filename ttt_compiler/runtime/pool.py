@@ -105,7 +105,8 @@ class Pool:
     @property
     def nbytes(self) -> int:
         """Bytes that are held now: tables, keys and values, parked sequences."""
-        return self._places.nbytes
+        with self._changed:
+            return self._places.nbytes
 
     def where(self, name: str) -> str:
         """``"slot"``, ``"parked"`` or ``"disk"``; ``"lost"`` after an error half-way through a call.
@@ -153,13 +154,9 @@ class Pool:
             PoolError: ``branch`` exists, or ``name`` does not.
             PoolFullError: no slot can be had.
         """
-        with self._changed:
-            self._known(name)
-            if branch in self:
-                raise PoolError(
-                    f"{branch!r} exists already: pool.close({branch!r}) first, or choose another name"
-                )
-            source, target = self._lend((name, branch), 0.0)
+        self._known(name)
+        self._refuse_known(branch)
+        source, target = self._lend((name, branch), 0.0, new=branch)
         try:
             with self._root.lock:
                 for site in self._tables.sites.values():
@@ -207,18 +204,20 @@ class Pool:
             raise PoolError(f"there is no sequence {name!r}; with pool.use({name!r}) begins one")
         return self._sequences[name]
 
+    def _refuse_known(self, name: str) -> None:
+        if name in self:
+            raise PoolError(f"{name!r} exists already: pool.close({name!r}) first, or choose another name")
+
     @staticmethod
     def _refuse_lent(sequence: Sequence) -> None:
         if sequence.lent:
             raise PoolError(f"{sequence.name!r} is in use: leave its block first")
 
-    def _lend(self, names: tuple[str, ...], wait: float | None) -> list[Sequence]:
-        """Every named sequence in a slot, and marked as lent; all or none."""
+    def _lend(self, names: tuple[str, ...], wait: float | None, *, new: str | None = None) -> list[Sequence]:
+        """Every named sequence in a slot, and marked as lent; all or none. Given ``new``, it alone is new."""
         self._check_names(names)
         with self._changed:
-            # Waiting, even for no time, would let others in.
-            ready = self._can_lend(names)
-            if not ready and (wait == 0 or not self._changed.wait_for(lambda: self._can_lend(names), wait)):
+            if not self._changed.wait_for(lambda: self._can_lend(names), wait):
                 busy = [n for n in names if n in self and self._sequences[n].lent]
                 if busy:
                     raise PoolError(f"{busy[0]!r} is in use by another block; pass wait= to wait for it")
@@ -226,9 +225,12 @@ class Pool:
                     f"{len(names)} sequences need slots and {self.capacity} slots are lent to others; pass "
                     "wait= to wait, or build the pool with more sequences="
                 )
+            # Here, not before: while this waited, others may have begun sequences or closed them.
+            if new is not None:
+                self._refuse_known(new)
             for name in names:
-                if name in self:
-                    self._places.refuse_ended(self._sequences[name], "go on")
+                if name in self or new not in (None, name):
+                    self._places.refuse_ended(self._known(name), "go on")
             made = [n for n in names if n not in self]
             for name in made:
                 cache = None if self._root.make_cache is None else self._root.make_cache()
@@ -303,7 +305,8 @@ class Pool:
                     member.cache = cache
         except BaseException as e:
             for member in members:
-                member.lost = f"its keys and values were not taken back ({type(e).__name__}: {e})"
+                why = f"its keys and values could not be moved ({type(e).__name__}: {e})"
+                member.lost = member.lost or why
             raise
         finally:
             state.lost = "the pool has taken its slots back; lend it again: with pool.use(name) as session"

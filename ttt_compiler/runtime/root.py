@@ -27,7 +27,7 @@ from ttt_compiler.errors import (
     PositionError,
     UnsupportedModelError,
 )
-from ttt_compiler.runtime.cache import attach_state, cached_tokens, expect, is_carrier
+from ttt_compiler.runtime.cache import attach_state, cached_tokens, expect, is_carrier, note_arrival
 from ttt_compiler.runtime.generation import require_carriable, require_new_tokens
 from ttt_compiler.runtime.site import CallContext, FastWeightSite, mark, weight_of
 from ttt_compiler.runtime.state import FastWeightState, check_fits
@@ -140,7 +140,11 @@ class Root:
         for spec in self.specs:
             if spec.derived and spec.module:
                 weights += self.modules[spec.key].parameters()
-        return (self.token, *((id(w), 0 if w.is_inference() else w._version) for w in weights))
+        return (self.token, *map(_identity, weights))
+
+    def adapter(self) -> tuple[object, ...]:
+        """Identity of conv and P of every site."""
+        return tuple(_identity(p) for s in self.specs for p in self.parameters(s) if p is not None)
 
     def check_modules(self, model: nn.Module) -> None:
         """Raise when a module that applies a chosen weight has left the model since conversion.
@@ -188,6 +192,7 @@ class Root:
                 "as [batch, tokens]"
             )
         self._check_mask(args, kwargs)
+        self._check_boundaries(args, kwargs)
         state = kwargs.get(STATE_ARGUMENT)
         if state is not None:
             first = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
@@ -229,9 +234,17 @@ class Root:
         if isinstance(mask, Tensor) and mask.dim() == 2 and rows is not None:
             require_padding_mask(mask, rows)
 
+    def _check_boundaries(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        bounds = next((b for n in _CU_SEQLENS if (b := self.argument(n, args, kwargs)) is not None), None)
+        rows = self._rows(args, kwargs)
+        if bounds is not None and rows is not None:
+            require_boundaries(bounds, rows)
+
     def _check(self, state: FastWeightState, batch: int) -> None:
         check_fits(state, self.specs, batch, self.like(self.specs[0]), self.owner())
         state.own()
+        state.follow(self.adapter())
+        state.settle()
 
     @contextlib.contextmanager
     def running(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[None]:
@@ -243,6 +256,10 @@ class Root:
         before = _progress(state, cache)
         try:
             yield
+            if is_carrier(cache) and state is not None and kwargs.get(STATE_ARGUMENT) is None:
+                tokens = self._tokens(args, kwargs)
+                assert tokens is not None, "prepare has asked for them"
+                note_arrival(cache, tokens.shape[1], self._positions(args, kwargs, state))
         except BaseException as e:
             if state is not None and _progress(state, cache) != before:
                 state.lost = (
@@ -349,10 +366,31 @@ class Root:
 
 
 def positions_of(cu_seqlens: Tensor, length: int) -> Tensor:
-    """Positions ``[1, T]`` of packed documents whose boundaries are ``cu_seqlens [n + 1]``: 0, ..., T."""
+    """Positions ``[1, T]`` of packed documents whose boundaries are ``cu_seqlens [n + 1]``: 0, ..., T.
+
+    :func:`require_boundaries` has checked them.
+    """
     place = torch.arange(length, device=cu_seqlens.device)
     starts = cu_seqlens[torch.bucketize(place, cu_seqlens, right=True) - 1]
     return (place - starts)[None]
+
+
+def require_boundaries(cu_seqlens: object, rows: Tensor) -> None:
+    """Raise unless ``cu_seqlens`` are boundaries of documents, the same in every row of ``rows [B, T, ..]``.
+
+    Raises:
+        PositionError: they are of another shape or type, go down, or do not span the call.
+    """
+    batch, length = rows.shape[:2]
+    if isinstance(cu_seqlens, Tensor) and cu_seqlens.dim() == 1 and not cu_seqlens.is_floating_point():
+        given = cu_seqlens.tolist()
+        if len(given) > 1 and given[0] == 0 and given[-1] == length and given == sorted(given):
+            return
+    said = f"{tuple(cu_seqlens.shape)}" if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+    raise PositionError(
+        f"boundaries of documents ({said}) do not fit a call of {batch} rows of {length} tokens. Pass "
+        f"integers [0, ..., {length}] in ascending order: they hold for every row"
+    )
 
 
 def _progress(state: FastWeightState | None, cache: Any) -> tuple[object, ...]:
@@ -363,6 +401,11 @@ def _progress(state: FastWeightState | None, cache: Any) -> tuple[object, ...]:
     layers = getattr(cache, "layers", ()) or ()
     keys = [getattr(layer, "keys", None) for layer in layers]
     return versions, tuple((k.shape, _written(k)) if isinstance(k, Tensor) else None for k in keys)
+
+
+def _identity(x: Tensor) -> tuple[int, int]:
+    """What changes when a weight is replaced or written. Inference tensors do not count that."""
+    return id(x), 0 if x.is_inference() else x._version
 
 
 def _written(x: Tensor) -> object:

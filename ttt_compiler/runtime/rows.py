@@ -14,15 +14,18 @@ from torch import Tensor
 from ttt_compiler.codegen.cpu.tail import RowTail
 from ttt_compiler.codegen.layout import (
     CACHED,
+    CLIPPED,
     COLUMNS,
     DONE,
     FACTORED,
     SEEN,
+    SKIPPED,
     SLOT,
     WRITES,
     factored_capacity,
     factored_rows,
 )
+from ttt_compiler.runtime.layer_parts import LONGEST
 from ttt_compiler.runtime.state import FastWeightState
 from ttt_compiler.spec import SiteSpec, state_dtype
 
@@ -65,7 +68,8 @@ def row_layout(
         return None
     seen, done, writes, factored = counts[SEEN], counts[DONE], counts[WRITES], counts[FACTORED]
     open_tokens = seen - done * spec.chunk
-    fits = 0 <= open_tokens < spec.chunk + revocable and writes <= done
+    fits = 0 <= open_tokens < spec.chunk + revocable and seen <= LONGEST
+    fits = fits and writes + counts[SKIPPED] <= done and counts[CLIPPED] <= writes
     full = factored in (0, writes * spec.chunk) and factored <= factored_capacity(spec.d_model, spec.d_ff)
     if not fits or not full:
         return None

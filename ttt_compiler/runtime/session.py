@@ -6,16 +6,19 @@ format to ``snapshot.py``.
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
-from ttt_compiler.errors import CacheError
+from ttt_compiler.errors import CacheError, ConfigError
 from ttt_compiler.runtime import snapshot
-from ttt_compiler.runtime.cache import attach_state, evict, plain_layers
+from ttt_compiler.runtime.cache import attach_state, evict, only_last, plain_layers, require_empty
 from ttt_compiler.runtime.layers import fork_cache, layer_bytes
 from ttt_compiler.runtime.root import require_root
+from ttt_compiler.runtime.snapshot import MOST_REVOCABLE
 from ttt_compiler.runtime.state import FastWeightState
 from ttt_compiler.spec import SiteSpec
 
@@ -35,12 +38,20 @@ class Session:
         cache: the key/value cache that carries the fast weights; None for models without one.
         state: the fast weights.
 
+    A session may be used from several threads: its methods wait for the call that is under way.
+
     Raises:
         NotConvertedError: the model carries no fast weights.
+        ConfigError: a number is out of range.
     """
 
     def __init__(self, model: nn.Module, batch_size: int = 1, *, revocable: int = 0) -> None:
         self.model, self._root = require_root(model)
+        for name, number, least in (("batch_size", batch_size, 1), ("revocable", revocable, 0)):
+            if isinstance(number, bool) or not isinstance(number, int) or number < least:
+                raise ConfigError(f"{name}={number!r} must be an integer of at least {least}")
+        if revocable > MOST_REVOCABLE:
+            raise ConfigError(f"revocable={revocable} is more than {MOST_REVOCABLE}, which files can hold")
         state = self._root.new_state(batch_size, revocable)
         self.cache: Any = None
         self._state = state
@@ -70,27 +81,36 @@ class Session:
         """
         return self._root.weight(spec)
 
+    @contextlib.contextmanager
+    def standing_still(self) -> Iterator[None]:
+        """A block in which no call of the model runs in another thread."""
+        with self._root.lock:
+            yield
+
     def keep_revocable(self, tokens: int) -> None:
         """From now on ``cache.crop`` can take back the last ``tokens`` tokens, wherever chunks end.
 
         Costs ``tokens`` more rows of the tail per site. Assisted decoding asks for it by itself.
         """
-        self.state.keep_revocable(tokens)
+        with self._root.lock:
+            self.state.keep_revocable(tokens)
 
     def drift(self) -> dict[str, list[float]]:
         """``||W - W0||_F / ||W0||_F`` per site and row."""
-        return self.state.drift({s.key: self._root.weight(s) for s in self._root.specs})
+        with self._root.lock:
+            return self.state.drift({s.key: self._root.weight(s) for s in self._root.specs})
 
     def describe(self) -> dict[str, Any]:
         """Size and position of the session, JSON-ready."""
-        return {
-            "batch_size": self.batch_size,
-            "tokens_seen": self.tokens_seen,
-            "chunks_written": self.state.chunks_written,
-            "cached_tokens": 0 if self.cache is None else int(self.cache.get_seq_length()),
-            "fast_weight_bytes": self.state.nbytes,
-            "cache_bytes": layer_bytes(self.cache),
-        }
+        with self._root.lock:
+            return {
+                "batch_size": self.batch_size,
+                "tokens_seen": self.tokens_seen,
+                "chunks_written": self.state.chunks_written,
+                "cached_tokens": 0 if self.cache is None else int(self.cache.get_seq_length()),
+                "fast_weight_bytes": self.state.nbytes,
+                "cache_bytes": layer_bytes(self.cache),
+            }
 
     def fork(self) -> Session:
         """An independent session that stands where this one stands.
@@ -99,17 +119,19 @@ class Session:
         """
         other = object.__new__(Session)
         other.model, other._root = self.model, self._root
-        other._state, other.cache = self.state.clone(), None
-        if self.cache is not None:
-            other.cache = attach_state(fork_cache(self.cache), other._state)
+        with self._root.lock:
+            other._state, other.cache = self.state.clone(), None
+            if self.cache is not None:
+                other.cache = attach_state(fork_cache(self.cache), other._state)
         return other
 
     def reset(self) -> None:
         """Forget everything: no keys and values, slow weights."""
-        if self.cache is None:
-            self._state.reset()
-        else:
-            self.cache.reset()
+        with self._root.lock:
+            if self.cache is None:
+                self._state.reset()
+            else:
+                self.cache.reset()
 
     def evict(self, keep: int, sink: int = 0) -> None:
         """Drop keys and values but for the first ``sink`` and the last ``keep`` tokens.
@@ -122,7 +144,11 @@ class Session:
         """
         if keep < 0 or sink < 0:
             raise CacheError(f"evict(keep={keep}, sink={sink}): both must be at least 0")
-        evict(plain_layers(self.cache), keep, sink)
+        with self._root.lock:
+            evict(plain_layers(self.cache), keep, sink)
+            # What is kept may be taken back; what lies before it is gone.
+            if self.cache is not None:
+                self.cache.arrivals = only_last(self.cache.arrivals, keep)
 
     def save(self, path: str | os.PathLike[str], *, compress: str | None = None) -> None:
         """Write the session to ``path`` (safetensors with a JSON header), replacing a file atomically.
@@ -137,7 +163,9 @@ class Session:
             SnapshotError: the cache holds layers that cannot be saved, or the disk refuses; an existing file
                 is untouched.
         """
-        snapshot.save(path, self.model, self._root, self.state, self.cache, compress)
+        # A fork stands still while it is written, and calls of this session go on.
+        still = self.fork()
+        snapshot.save(path, self.model, self._root, still.state, still.cache, compress)
 
     @classmethod
     def load(cls, model: nn.Module, path: str | os.PathLike[str], *, cache: Any = None) -> Session:
@@ -150,10 +178,13 @@ class Session:
 
         Raises:
             SnapshotError: damaged, hostile, of another version, or of another model.
+            CacheError: ``cache`` is none, or is not empty.
             NotConvertedError: the model carries no fast weights.
         """
         module, root = require_root(model)
-        if cache is None and root.make_cache is not None:
+        if cache is not None:
+            require_empty(cache)
+        elif root.make_cache is not None:
             cache = root.make_cache()
         loaded = snapshot.load(path, module, root, cache)
         session = object.__new__(cls)

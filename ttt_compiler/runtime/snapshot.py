@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ttt_compiler.codegen.layout import COLUMNS
 from ttt_compiler.errors import SnapshotError, UnsupportedModelError
+from ttt_compiler.runtime.available import available_bytes
 from ttt_compiler.runtime.compress import Method, decode, encode, expected_tensors, parse_method
 from ttt_compiler.runtime.files import expect_tensors, read_tensors, write_tensors
 from ttt_compiler.runtime.fingerprint import fingerprint
@@ -23,7 +24,7 @@ from ttt_compiler.runtime.layers import check_layers, export_layers, fill_layers
 from ttt_compiler.runtime.root import Root
 from ttt_compiler.runtime.rows import Row, export_row, import_row, row_layout
 from ttt_compiler.runtime.snapshot_v1 import from_version_1, layers_of_version_1
-from ttt_compiler.runtime.state import FastWeightState
+from ttt_compiler.runtime.state import FastWeightState, bytes_per_sequence
 from ttt_compiler.spec import SiteSpec, same_sites
 
 FORMAT, VERSION = "ttt-session", 2
@@ -90,10 +91,23 @@ def load(path: str | os.PathLike[str], model: nn.Module, root: Root, cache: Any)
     for name, value in tensors.items():
         if value.is_floating_point() and not bool(value.isfinite().all()):
             raise SnapshotError(f"{path}: {name} holds NaN or Inf; nothing was changed")
+    _require_room(root, batch, revocable, path)
     state = root.new_state(batch, revocable)
     for (key, b), row in rows.items():
         import_row(state, next(s for s in root.specs if s.key == key), b, row)
     return Loaded(state, lambda cache: fill_layers(cache, layers or [], held, state.device))
+
+
+def _require_room(root: Root, batch: int, revocable: int, path: object) -> None:
+    """A few counters in a small file may ask for any amount of memory."""
+    like = root.like(root.specs[0])
+    needed = batch * bytes_per_sequence(root.specs, like.dtype, revocable=revocable)
+    there = available_bytes(like.device)
+    if there is not None and needed > there:
+        raise SnapshotError(
+            f"{path}: its {batch} sequences with {revocable} revocable tokens need {needed} bytes, and "
+            f"{there} are available; nothing was changed"
+        )
 
 
 def _fast_tensors(
@@ -178,9 +192,10 @@ def _method(header: dict[str, Any], path: object) -> Method | None:
 def _check_header(header: dict[str, Any], path: object, model: nn.Module, root: Root) -> None:
     if header.get("format") != FORMAT:
         raise SnapshotError(f"{path}: is no saved session; nothing was changed")
-    if header.get("version") not in (1, VERSION):
+    version = header.get("version")
+    if type(version) is not int or version not in (1, VERSION):
         raise SnapshotError(
-            f"{path}: has version {header.get('version')!r}, this ttt_compiler reads versions 1 "
+            f"{path}: has version {repr(version)[:20]}, this ttt_compiler reads versions 1 "
             f"to {VERSION}; nothing was changed"
         )
     if not same_sites(header.get("sites"), root.specs):

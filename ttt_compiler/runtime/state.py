@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from ttt_compiler.codegen.layout import (
     cached_rows,
     factored_rows,
 )
+from ttt_compiler.compat import mark_static
 from ttt_compiler.errors import CacheError, CropError
 from ttt_compiler.spec import SiteSpec, state_dtype
 
@@ -41,6 +43,7 @@ class FastWeightState:
         sites: per site key, its tensors: tables of at least B rows.
         batch: int64 ``[B]``, which row of the tables is sequence b.
         owner: identity of the slow weights it was written on (see :meth:`Root.owner`).
+        adapter: identity of the conv and P of its last call (see :meth:`follow`).
         lost: why the state can no longer be used, after an error in the middle of a call; else None.
     """
 
@@ -51,7 +54,9 @@ class FastWeightState:
         self.sites = sites
         self.batch = batch
         self.owner = owner
+        self.adapter: object = None
         self.lost: str | None = None
+        self._settled: dict[str, StateTensors] = {}
         self._sharers: weakref.WeakSet[FastWeightState] = weakref.WeakSet([self])
 
     @classmethod
@@ -77,8 +82,10 @@ class FastWeightState:
             revocable: R, the number of last tokens that can be taken back across a chunk's end.
             shared_lanes: whether rows may share entries of a tail from the start (pools, beams).
         """
-        sites = {s.key: _zeros(s, batch, dtype, device, revocable, shared_lanes) for s in specs}
-        return cls(specs, sites, torch.arange(batch, device=device), owner)
+        # Tensors made under inference mode could not be written by a later call outside of it.
+        with torch.inference_mode(False):
+            sites = {s.key: _zeros(s, batch, dtype, device, revocable, shared_lanes) for s in specs}
+            return cls(specs, sites, torch.arange(batch, device=device), owner)
 
     @property
     def signature(self) -> tuple[str, ...]:
@@ -127,9 +134,10 @@ class FastWeightState:
 
     def clone(self) -> FastWeightState:
         """An independent copy, bit for bit, that shares memory with this one until either runs."""
-        sites = {k: s._replace(rows=s.rows.clone(), norms=s.norms.clone()) for k, s in self.sites.items()}
-        other = FastWeightState(self.specs, sites, self.batch.clone(), self.owner)
-        other.lost = self.lost
+        with torch.inference_mode(False):
+            sites = {k: s._replace(rows=s.rows.clone(), norms=s.norms.clone()) for k, s in self.sites.items()}
+            other = FastWeightState(self.specs, sites, self.batch.clone(), self.owner)
+        other.lost, other.adapter = self.lost, self.adapter
         other._sharers = self._sharers
         self._sharers.add(other)
         return other
@@ -140,27 +148,56 @@ class FastWeightState:
     def own(self) -> None:
         """Before the state is written: have memory of its own, a copy where a fork shares it."""
         if len(self._sharers) > 1:
+            with torch.inference_mode(False):
+                self.sites = {
+                    k: s._replace(**{n: getattr(s, n).clone() for n in _HEAVY}) for k, s in self.sites.items()
+                }
+            # Only now: a fork that runs in another thread must not take what is being copied for its own.
             self._sharers.discard(self)
-            self.sites = {
-                k: s._replace(**{n: getattr(s, n).clone() for n in _HEAVY}) for k, s in self.sites.items()
-            }
             self._sharers = weakref.WeakSet([self])
+
+    def follow(self, adapter: object) -> None:
+        """Before a call: chunks that wait get the v that its conv and P give, not other ones."""
+        if self.adapter != adapter:
+            for site in self.sites.values() if self.revocable else ():
+                site.rows[self.batch, CACHED] = 0
+            self.adapter = adapter
+
+    def settle(self) -> None:
+        """Before a call: its tensors stay where they are from now on, for CUDA graphs."""
+        for key, site in self.sites.items():
+            if self._settled.get(key) is not site:
+                for x in site:
+                    mark_static(x)
+                self._settled[key] = site
 
     def admit(self, cached: int, tokens: int) -> None:
         """Raise before a call of ``tokens`` more tokens that this state has no room for; a pool's may."""
 
+    def arrived(self, cache: Any, tokens: int, pos: Tensor | None) -> None:
+        """After a call of ``tokens`` tokens at ``pos``, which ``cache`` holds now; a pool's notes padding."""
+
+    def holding(self, cached: int) -> Tensor | None:
+        """Bool ``[B, cached]`` on the CPU, which cached positions hold tokens; None: nobody noted."""
+        return None
+
     def select(self, rows: Tensor) -> None:
-        """Sequence i becomes sequence ``rows[i]`` (int64 ``[B']``): beam reorder, batch selection.
+        """Sequence i becomes sequence ``rows[i]``: beam reorder, batch selection.
 
         Integers move, matrices do not: several sequences may read one until they write.
+
+        Args:
+            rows: int64 ``[B']``, or a mask ``[B]`` of sequences that stay.
         """
         rows = rows.to(self.device)
+        rows = rows.nonzero().flatten() if rows.dtype == torch.bool else rows
         if torch.equal(rows, torch.arange(self.batch_size, device=self.device)):
             return
-        chosen = self.batch[rows]
-        for spec in self.specs:
-            self.sites[spec.key] = _selected(self.sites[spec.key], chosen)
-        self.batch = torch.arange(len(rows), device=self.device)
+        with torch.inference_mode(False):
+            chosen = self.batch[rows.clone()]
+            for spec in self.specs:
+                self.sites[spec.key] = _selected(self.sites[spec.key], chosen)
+            self.batch = torch.arange(len(rows), device=self.device)
 
     def repeat_interleave(self, repeats: int) -> None:
         """Every sequence becomes ``repeats`` sequences."""
@@ -211,8 +248,9 @@ class FastWeightState:
         if tokens <= self.revocable:
             return
         self.own()
-        for spec in self.specs:
-            self.sites[spec.key] = _with_tail(self.sites[spec.key], spec, tokens)
+        with torch.inference_mode(False):
+            for spec in self.specs:
+                self.sites[spec.key] = _with_tail(self.sites[spec.key], spec, tokens)
 
     def matrix(self, key: str, sequence: int, w0: Tensor) -> Tensor:
         """W ``[D, F]`` of a sequence in the state's dtype, a new tensor; ``w0 [D, F]`` is its slow weight."""

@@ -69,6 +69,11 @@ class Stats(tuple[SiteStats, ...]):
 
 def stats(session: Session) -> Stats:
     """How far each fast weight of ``session`` has moved, and what was written, skipped and clipped."""
+    with session.standing_still():
+        return _stats(session)
+
+
+def _stats(session: Session) -> Stats:
     state, out = session.state, []
     for spec in state.specs:
         w0 = None if spec.derived or spec.inner else session.weight(spec).detach()

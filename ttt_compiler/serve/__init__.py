@@ -2,6 +2,6 @@
 
 Data flows one way: ``app.py`` (HTTP, with ``schemas.py``) -> ``sessions.py`` (which session a request runs
 on, with ``conversation.py``, ``residents.py``, ``store.py``) -> ``engine.py`` (tokens in, tokens out, with
-``text.py``, on the thread of ``worker.py``) -> ``ttt.Session``. ``launch.py`` puts them together. May be
-changed here: nothing; ``import ttt_compiler`` must not import FastAPI.
+``sampling.py`` and ``text.py``, on the thread of ``worker.py``) -> ``ttt.Session``. ``launch.py``
+puts them together. May be changed here: nothing; ``import ttt_compiler`` must not import FastAPI.
 """

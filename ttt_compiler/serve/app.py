@@ -18,6 +18,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
+from ttt_compiler.serve.body_limit import MAX_BODY, BodyLimit
 from ttt_compiler.serve.errors import (
     CancelledError,
     FailedError,
@@ -29,12 +30,13 @@ from ttt_compiler.serve.schemas import Answer, ChatRequest, ForkRequest
 from ttt_compiler.serve.sessions import Sessions, Turn
 
 
-def build_app(model_name: str, make_sessions: Callable[[], Sessions]) -> FastAPI:
+def build_app(model_name: str, make_sessions: Callable[[], Sessions], *, max_body: int = MAX_BODY) -> FastAPI:
     """The application.
 
     Args:
         model_name: what requests call the model.
         make_sessions: called in the event loop when the server starts.
+        max_body: bytes of a request at most.
     """
 
     @contextlib.asynccontextmanager
@@ -43,8 +45,10 @@ def build_app(model_name: str, make_sessions: Callable[[], Sessions]) -> FastAPI
         yield
         await app.state.sessions.close()
 
-    app = FastAPI(title="ttt_compiler", lifespan=lifespan)
+    # Redirects of trailing slashes would be answers without a body.
+    app = FastAPI(title="ttt_compiler", lifespan=lifespan, redirect_slashes=False)
     _add_errors(app)
+    app.add_middleware(BodyLimit, most=max_body)
 
     def sessions() -> Sessions:
         found: Sessions = app.state.sessions
@@ -53,7 +57,7 @@ def build_app(model_name: str, make_sessions: Callable[[], Sessions]) -> FastAPI
     @app.post("/v1/chat/completions", response_model=None)
     async def chat(body: ChatRequest, request: Request) -> Response:
         if body.model != model_name:
-            raise UnknownModelError(f"the model {body.model!r} is not served here, {model_name!r} is")
+            raise _unknown_model(body.model, model_name)
         turn = sessions().start(body.to_request())
         answer = Answer(f"chatcmpl-{uuid.uuid4().hex}", body)
         try:
@@ -65,10 +69,17 @@ def build_app(model_name: str, make_sessions: Callable[[], Sessions]) -> FastAPI
             turn.cancel()
             raise
 
+    entry = {"id": model_name, "object": "model", "created": 0, "owned_by": "ttt_compiler"}
+
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        entry = {"id": model_name, "object": "model", "created": 0, "owned_by": "ttt_compiler"}
         return {"object": "list", "data": [entry]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        if name != model_name:
+            raise _unknown_model(name, model_name)
+        return entry
 
     @app.get("/v1/sessions")
     async def list_sessions() -> dict[str, Any]:
@@ -119,7 +130,7 @@ async def _events(turn: Turn, answer: Answer, usage: bool) -> AsyncIterator[str]
         finished = turn.task.result()
     except ServeError as e:
         # The status is long sent; clients take this event for an error.
-        yield _event(_error_body(e))
+        yield _event(e.to_dict())
         return
     yield _event(answer.chunk({}, finished.reply.finish_reason))
     if usage:
@@ -156,28 +167,41 @@ def _add_errors(app: FastAPI) -> None:
     async def refused(_: Request, e: ServeError) -> JSONResponse:
         # OpenAI's client repeats 409 and 5xx by itself, which helps only where waiting does.
         headers = {"x-should-retry": "true" if e.retry else "false"}
-        return JSONResponse(_error_body(e), e.status, headers)
+        return JSONResponse(e.to_dict(), e.status, headers)
 
     @app.exception_handler(RequestValidationError)
     async def malformed(_: Request, e: RequestValidationError) -> JSONResponse:
         first = e.errors()[0]
-        where = ".".join(str(x) for x in first["loc"] if x != "body")
+        where = _place(first, e.body)
         message = first["msg"].removeprefix("Value error, ")
-        return JSONResponse(
-            _error_body(InvalidRequestError(f"{where}: {message}" if where else message, where or None)), 400
-        )
+        error = InvalidRequestError(f"{where}: {message}" if where else message, where or None)
+        return JSONResponse(error.to_dict(), error.status)
 
     @app.exception_handler(HTTPException)
     async def other(request: Request, e: HTTPException) -> JSONResponse:
         message = f"{request.method} {request.url.path}: {e.detail}"
-        return JSONResponse(_error_body(InvalidRequestError(message)), e.status_code, e.headers)
+        return JSONResponse(InvalidRequestError(message).to_dict(), e.status_code, e.headers)
 
     @app.exception_handler(Exception)
     async def failed(_: Request, e: Exception) -> JSONResponse:
         # uvicorn logs the traceback.
-        return JSONResponse(_error_body(FailedError()), 500, {"x-should-retry": "false"})
+        return JSONResponse(FailedError().to_dict(), 500, {"x-should-retry": "false"})
 
 
-def _error_body(e: ServeError) -> dict[str, Any]:
-    kind = "server_error" if e.status >= 500 else "invalid_request_error"
-    return {"error": {"message": str(e), "type": kind, "param": e.param, "code": e.code}}
+def _unknown_model(asked: str, served: str) -> UnknownModelError:
+    return UnknownModelError(f"the model {asked!r} is not served here, {served!r} is")
+
+
+def _place(error: dict[str, Any], body: Any) -> str:
+    """Where in the body an error is: of pydantic's path, the part that leads through what was sent."""
+    kept = []
+    # The path through a union names its branches too, and that of bad JSON is a number of bytes.
+    for step in error["loc"][1:] if isinstance(body, dict) else ():
+        if isinstance(body, dict) and (step in body or error["type"] == "missing"):
+            body = body.get(step)
+        elif isinstance(body, list) and isinstance(step, int):
+            body = body[step]
+        else:
+            continue
+        kept.append(str(step))
+    return ".".join(kept)

@@ -17,6 +17,8 @@ from ttt_compiler.errors import ConfigError
 from ttt_compiler.serve.errors import ConversationConflictError, InvalidRequestError
 
 Mode = Literal["auto", "continue", "append"]
+# Of messages that a session can have read.
+ROLES = ("system", "user", "assistant")
 
 PLAIN = (
     "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"

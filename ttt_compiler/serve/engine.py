@@ -2,8 +2,7 @@
 
 A decode loop of our own rather than ``generate``: one item per call of the model, so that requests take
 turns call by call, and a random generator per request, so that a request gives the same tokens whatever
-runs beside it. May be changed here: how a token is chosen (by the processors of transformers), and when a
-reply ends.
+runs beside it. May be changed here: when a reply ends. How a token is chosen belongs to ``sampling.py``.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from ttt_compiler.errors import UnsupportedModelError
 from ttt_compiler.runtime.session import Session
 from ttt_compiler.serve.errors import ContextLengthError
+from ttt_compiler.serve.sampling import Chooser, Sampling
 from ttt_compiler.serve.text import TextStream
 
 # Tokens of a prompt per call of the model: other requests wait no longer than for one such call.
@@ -25,29 +25,10 @@ BLOCK = 512
 # Replies of requests that do not say how long they may be.
 MAX_TOKENS = 1024
 
-# Below it, logits divided by the temperature could overflow; it is greedy anyway.
-COLD = 1e-4
+# Characters that a token may stand for at least: some tokenizers take an unknown word for one token.
+LONGEST = 32
 
 FinishReason = Literal["stop", "length"]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen, and when the reply ends. None: as the model's generation config says.
-
-    Attributes:
-        max_tokens: None for ``MAX_TOKENS``, or what the context has room for.
-        temperature: 0 takes the most probable token.
-        top_p: of the probability, what may be chosen from.
-        seed: the same seed gives the same tokens on the same session; None is random.
-        stop: strings that end the reply.
-    """
-
-    max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,7 +59,7 @@ class Engine:
         context: tokens a conversation may have; None without a limit.
 
     Raises:
-        UnsupportedModelError: the model has no key/value cache.
+        UnsupportedModelError: the model has no key/value cache, or a generation config that is not honoured.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, *, block: int = BLOCK) -> None:
@@ -91,10 +72,12 @@ class Engine:
         config: Any = getattr(model, "config", None)
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         self.context: int | None = getattr(text, "max_position_embeddings", None)
-        self._defaults: Any = getattr(model, "generation_config", None)
-        ends = getattr(self._defaults, "eos_token_id", None)
+        ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
         ends = ends if isinstance(ends, list) else [ends]
         self._ends = {e for e in (*ends, tokenizer.eos_token_id) if e is not None}
+        # Characters of a token, which stand for a byte or more each; more than any sensible text has.
+        self._longest = max(LONGEST, *map(len, tokenizer.get_vocab()))
+        self._chooser = Chooser(model, self._ends)
 
     def new_session(self) -> Session:
         """A session that has read nothing."""
@@ -130,23 +113,54 @@ class Engine:
             )
         return min(room, MAX_TOKENS) if wanted is None else wanted
 
+    def check_size(self, read: int, texts: Sequence[str]) -> None:
+        """Refuse new messages that cannot fit behind ``read`` tokens, before time is spent on their tokens.
+
+        Raises:
+            ContextLengthError: they cannot.
+        """
+        if self.context is None:
+            return
+        room = max(0, self.context - read)
+        length = sum(len(text.strip()) for text in texts)
+        if len(texts) > room or length > room * self._longest:
+            raise ContextLengthError(
+                f"{len(texts)} new messages of {length} characters cannot fit into the model's context "
+                f"{self.context}, of which {room} tokens are left. Send less, or start another session"
+            )
+
     def steps(
-        self, session: Session, ids: Sequence[int], sampling: Sampling, max_tokens: int
+        self,
+        session: Session,
+        ids: Sequence[int],
+        sampling: Sampling,
+        max_tokens: int,
+        read: Sequence[int] = (),
     ) -> Iterator[str | Reply]:
         """Read ``ids`` and reply; one item per call of the model.
+
+        Args:
+            session: to go on with.
+            ids: what it has not read.
+            sampling: how to reply.
+            max_tokens: see :meth:`max_tokens`.
+            read: what it has read, for penalties.
 
         Yields:
             Text to show, often empty, and last of all the :class:`Reply`.
         """
-        choose, stream = self._chooser(sampling), TextStream(self.tokenizer, sampling.stop)
+        choose = self._chooser.start(sampling, len(read) + len(ids), max_tokens)
+        stream = TextStream(self.tokenizer, sampling.stop)
         for start in range(0, len(ids), self.block):
             if start:
                 yield ""
             logits = self._forward(session, ids[start : start + self.block])
         out: list[int] = []
         reason: FinishReason = "stop"
-        while (token := choose(logits)) not in self._ends:
+        before = torch.tensor([[*read, *ids]], device=logits.device)
+        while (token := choose(logits, before)) not in self._ends:
             out.append(token)
+            before = torch.cat([before, before.new_tensor([[token]])], -1)
             yield stream.push(token)
             if stream.stopped or len(out) == max_tokens:
                 # The token stays ahead of the session's memory: the next request reads it.
@@ -166,36 +180,3 @@ class Engine:
         if bool(logits.isnan().any()):
             raise FloatingPointError("the model's logits hold NaN")
         return logits
-
-    def _chooser(self, sampling: Sampling) -> Any:
-        from transformers import (
-            LogitsProcessorList,
-            TemperatureLogitsWarper,
-            TopKLogitsWarper,
-            TopPLogitsWarper,
-        )
-
-        temperature = self._setting(sampling.temperature, "temperature", 1.0)
-        top_p, top_k = self._setting(sampling.top_p, "top_p", 1.0), self._setting(None, "top_k", 0)
-        if temperature < COLD:
-            return lambda logits: int(logits.argmax(-1))
-        warpers = LogitsProcessorList([TemperatureLogitsWarper(float(temperature))])
-        if top_k:
-            warpers.append(TopKLogitsWarper(int(top_k)))
-        if top_p < 1:
-            warpers.append(TopPLogitsWarper(float(top_p)))
-        generator = torch.Generator(device=getattr(self.model, "device", None) or "cpu")
-        if sampling.seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(sampling.seed)
-
-        def choose(logits: Tensor) -> int:
-            probabilities = warpers(None, logits).softmax(-1)
-            return int(torch.multinomial(probabilities, 1, generator=generator))
-
-        return choose
-
-    def _setting(self, asked: float | None, name: str, default: float) -> float:
-        own = getattr(self._defaults, name, None)
-        return asked if asked is not None else default if own is None else own

@@ -5,6 +5,8 @@ May be changed here: new classes and wording. ``code`` is what programs compare,
 
 from __future__ import annotations
 
+from typing import Any
+
 from ttt_compiler.errors import TTTError
 
 
@@ -23,6 +25,11 @@ class ServeError(TTTError):
     param: str | None = None
     retry = False
 
+    def to_dict(self) -> dict[str, Any]:
+        """The answer's JSON, in OpenAI's format."""
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
 
 class InvalidRequestError(ServeError):
     """A field of the request is wrong."""
@@ -30,6 +37,12 @@ class InvalidRequestError(ServeError):
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
         self.param = param
+
+
+class TooLargeError(ServeError):
+    """The body is longer than the server reads."""
+
+    status, code = 413, "too_large"
 
 
 class UnknownModelError(ServeError):

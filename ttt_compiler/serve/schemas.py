@@ -6,14 +6,20 @@ refused, never ignored.
 
 from __future__ import annotations
 
+import json
 import time
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ttt_compiler.serve.conversation import Message, Mode
-from ttt_compiler.serve.engine import Sampling
+from ttt_compiler.serve.errors import InvalidRequestError
+from ttt_compiler.serve.sampling import Sampling
 from ttt_compiler.serve.sessions import Finished, Request
+
+MAX_STOPS = 4  # as OpenAI
+# Checking a message takes tens of microseconds, in which no other request is answered.
+MAX_MESSAGES = 8192
 
 # Fields that do not change the reply.
 _INERT = {
@@ -41,6 +47,24 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
     "top_logprobs": (0,),
 }
+
+
+class _Body(BaseModel):
+    @model_validator(mode="before")
+    @classmethod
+    def _only_characters(cls, body: Any) -> Any:
+        """JSON can escape half a character, which neither a tokenizer nor an answer can be given."""
+        for name, value in body.items() if isinstance(body, dict) else ():
+            try:
+                json.dumps([name, value], ensure_ascii=False).encode()
+            except UnicodeEncodeError as e:
+                shown = name.encode(errors="replace").decode()
+                raise InvalidRequestError(
+                    f"{shown}: holds a lone surrogate, half of a character", shown
+                ) from e
+            except RecursionError as e:
+                raise InvalidRequestError(f"{name}: nested too deeply", name) from e
+        return body
 
 
 class TextPart(BaseModel):
@@ -79,12 +103,12 @@ class StreamOptions(BaseModel):
     include_obfuscation: bool = False
 
 
-class ChatRequest(BaseModel):
+class ChatRequest(_Body):
     """Body of ``POST /v1/chat/completions``."""
 
     model_config = ConfigDict(extra="allow")
     model: str
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
     stream: bool = False
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(None, ge=1)
@@ -103,13 +127,18 @@ class ChatRequest(BaseModel):
             if name not in _INERT and value is not None and value not in _NEUTRAL.get(name, ()):
                 wrong.append(name)
         if wrong:
-            raise ValueError(f"not understood here, so leave out: {', '.join(sorted(wrong))}")
+            wrong.sort()
+            raise InvalidRequestError(f"not understood here, so leave out: {', '.join(wrong)}", wrong[0])
         if self.messages[-1].role == "assistant":
-            raise ValueError("the last message is an assistant's, so there is nothing to reply to")
+            raise InvalidRequestError(
+                "messages: the last one is an assistant's, so there is nothing to reply to", "messages"
+            )
+        if len(self.stops) > MAX_STOPS:
+            raise InvalidRequestError(f"stop: at most {MAX_STOPS} strings, not {len(self.stops)}", "stop")
         if any(not s for s in self.stops):
-            raise ValueError("stop: an empty string ends nothing")
+            raise InvalidRequestError("stop: an empty string ends nothing", "stop")
         if self.session is None and self.session_mode != "auto":
-            raise ValueError("session_mode needs a session")
+            raise InvalidRequestError("session_mode needs a session", "session_mode")
         return self
 
     @property
@@ -130,7 +159,7 @@ class ChatRequest(BaseModel):
         return Request(messages, self.session, self.session_mode, sampling)
 
 
-class ForkRequest(BaseModel):
+class ForkRequest(_Body):
     """Body of ``POST /v1/sessions/{id}/fork``."""
 
     model_config = ConfigDict(extra="forbid")

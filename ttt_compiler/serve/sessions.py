@@ -25,7 +25,7 @@ from ttt_compiler.serve.conversation import (
     Mode,
     new_messages,
 )
-from ttt_compiler.serve.engine import Engine, Reply, Sampling
+from ttt_compiler.serve.engine import Engine, Reply
 from ttt_compiler.serve.errors import (
     CancelledError,
     FailedError,
@@ -35,6 +35,7 @@ from ttt_compiler.serve.errors import (
     UnknownSessionError,
 )
 from ttt_compiler.serve.residents import Residents
+from ttt_compiler.serve.sampling import Sampling
 from ttt_compiler.serve.store import Live, Store
 from ttt_compiler.serve.worker import Worker
 
@@ -167,11 +168,11 @@ class Sessions:
             raise _unknown(name)
         messages = [{"role": m.role, "content": m.content} for m in conversation.messages]
         return {
+            **numbers,  # first: from a file, and never in place of what follows
             "id": name,
             "object": "session",
             "in_memory": live is not None,
             "conversation_tokens": len(conversation.ids),
-            **numbers,
             "messages": messages,
         }
 
@@ -255,6 +256,7 @@ class Sessions:
         """Advance ``live``, which nobody else has; returns it with the conversation after the reply."""
         session, before = live.session, live.conversation
         new = new_messages(before.messages, request.messages, request.mode)
+        self._engine.check_size(len(before.ids), [m.content for m in new])
         render = self._template.following if before.messages else self._template.first
         args = (before.messages, new) if before.messages else (new,)
         ids = (*before.ids, *await asyncio.to_thread(render, *args))
@@ -264,7 +266,7 @@ class Sessions:
             raise InvalidRequestError("the messages hold no token to read", "messages")
         turn.started.set_result(None)
         replies: list[Reply] = []
-        steps = self._engine.steps(session, ids[seen:], request.sampling, limit)
+        steps = self._engine.steps(session, ids[seen:], request.sampling, limit, ids[:seen])
         await self._worker.run(
             steps, lambda x: replies.append(x) if isinstance(x, Reply) else turn.show(x), turn.cancelled
         )

@@ -2,8 +2,10 @@
 
 ``DIR/ID/session.json`` names the session's memory file (``ttt.Session.save``) with its SHA-256, and is
 replaced atomically once that file is complete; only then the former one goes. So a crash leaves the state
-before or after a request, and files that do not belong together are told apart. May be changed here: the
-layout and the record; then raise ``VERSION``.
+before or after a request, and files that do not belong together are told apart. The record holds a SHA-256
+of the rest of itself too, and what it says is checked before it is believed: the checksum tells damage and
+edits, not a forger, who can compute it. May be changed here: the layout and the record; then raise
+``VERSION``.
 """
 
 from __future__ import annotations
@@ -21,13 +23,15 @@ from torch import nn
 
 from ttt_compiler.errors import SnapshotError, TTTError
 from ttt_compiler.runtime.atomic import replacing
-from ttt_compiler.runtime.files import read_json
+from ttt_compiler.runtime.files import MAX_HEADER, read_json
 from ttt_compiler.runtime.session import Session
-from ttt_compiler.serve.conversation import Conversation, Message
+from ttt_compiler.serve.conversation import ROLES, Conversation, Message
 from ttt_compiler.serve.errors import StoredSessionError
 
-FORMAT, VERSION = "ttt-served-session", 1
+FORMAT, VERSION = "ttt-served-session", 2
 RECORD = "session.json"
+CHECKSUM = "checksum"
+_MEMORY = re.compile(r"\d+\.ttt", re.ASCII)
 _FILE = re.compile(r"\d+\.ttt|\.(\d+\.ttt|session\.json)\..+")
 
 
@@ -48,6 +52,7 @@ class Store:
 
     def __init__(self, folder: Path, model: nn.Module) -> None:
         self._folder, self._model = folder, model
+        self._vocabulary = _vocabulary(model)
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
@@ -89,8 +94,14 @@ class Store:
             "messages": [asdict(m) for m in live.conversation.messages],
             "session": live.session.describe(),
         }
+        text = json.dumps({**record, CHECKSUM: _checksum(record)})
+        if len(text) > MAX_HEADER:
+            file.unlink()
+            raise SnapshotError(
+                f"the session's messages and tokens take {len(text)} bytes, and {MAX_HEADER} can be saved"
+            )
         with replacing(folder / RECORD, SnapshotError, private=True) as temporary:
-            temporary.write_text(json.dumps(record), encoding="utf-8")
+            temporary.write_text(text, encoding="utf-8")
         for old in before:
             old.unlink(missing_ok=True)
 
@@ -101,10 +112,10 @@ class Store:
             StoredSessionError: damaged, of another model, or its files do not belong together.
         """
         conversation, record = self._record(name)
-        path = self._folder / name / str(record.get("file"))
-        if path.parent != self._folder / name or not path.is_file():
+        path = self._folder / name / record["file"]
+        if not path.is_file():
             raise _unreadable(name, f"its memory file {path.name} is missing")
-        if _digest(path) != record.get("sha256"):
+        if _digest(path) != record["sha256"]:
             raise _unreadable(name, f"{path.name} is not the file that {RECORD} was written with")
         try:
             session = Session.load(self._model, path)
@@ -118,9 +129,13 @@ class Store:
         return Live(session, conversation)
 
     def describe(self, name: str) -> tuple[Conversation, dict[str, Any]]:
-        """What was read, and ``Session.describe()`` at that time, without reading the session's memory."""
+        """What was read, and ``Session.describe()`` at that time, without reading the session's memory.
+
+        Raises:
+            StoredSessionError: the record is damaged.
+        """
         conversation, record = self._record(name)
-        return conversation, dict(record.get("session") or {})
+        return conversation, record["session"]
 
     def delete(self, name: str) -> None:
         """Forget a session."""
@@ -140,13 +155,52 @@ class Store:
             # A file system that ignores case would give one session for two names.
             if record.get("name") != name:
                 raise TypeError(f"belongs to the session {record.get('name')!r}")
-            messages = tuple(Message(str(m["role"]), str(m["content"])) for m in record["messages"])
-            ids = tuple(int(i) for i in record["ids"])
+            if record.pop(CHECKSUM, None) != _checksum(record):
+                raise ValueError("its checksum does not fit: it is damaged or was edited")
+            conversation = _conversation(record, self._vocabulary)
         except SnapshotError as e:
             raise _unreadable(name, str(e).replace(f"{self._folder}{os.sep}", "")) from e
-        except (KeyError, TypeError, ValueError) as e:
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as e:
             raise _unreadable(name, f"{RECORD}: {e}") from e
-        return Conversation(messages, ids), record
+        return conversation, record
+
+
+def _conversation(record: dict[str, Any], vocabulary: int | None) -> Conversation:
+    """What a record says was read and given.
+
+    Raises:
+        KeyError, TypeError, ValueError: the record is none.
+    """
+    if not isinstance(record["session"], dict):
+        raise TypeError('"session" describes no session')
+    if not isinstance(record["sha256"], str) or not _MEMORY.fullmatch(record["file"]):
+        raise TypeError('"file" and "sha256" name no memory file')
+    ids, messages = record["ids"], []
+    if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids):
+        raise TypeError('"ids" is no list of tokens')
+    if vocabulary is not None and max(ids, default=0) >= vocabulary:
+        raise ValueError(f"the token {max(ids)} is not among the {vocabulary} of the model")
+    for message in record["messages"]:
+        if message.keys() != {"role", "content"} or message["role"] not in ROLES:
+            raise TypeError('"messages" holds something else')
+        message["content"].encode()  # without half characters, which no answer could show
+        messages.append(Message(**message))
+    if not ids or not messages or messages[-1].role != "assistant":
+        raise ValueError("it does not end with a reply")
+    return Conversation(tuple(messages), tuple(ids))
+
+
+def _checksum(record: dict[str, Any]) -> str:
+    """Of what a record says, however it is laid out."""
+    text = json.dumps(record, sort_keys=True, separators=(",", ":"))
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    """Number of tokens that the model can read, if it says so."""
+    find = getattr(model, "get_input_embeddings", None)
+    table: Any = getattr(find() if find is not None else None, "weight", None)
+    return None if table is None else len(table)
 
 
 def _lock(descriptor: int) -> None:

@@ -25,7 +25,7 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
-        self._tokenizer, self._stop = tokenizer, tuple(stop)
+        self._tokenizer, self._stop = tokenizer, [_Search(s) for s in stop]
         self._ids: list[int] = []
         # Tokens are decoded behind a few earlier ones: alone, a word would lose the space before it.
         self._context, self._decoded = 0, 0
@@ -56,24 +56,46 @@ class TextStream:
         if self.stopped:
             return ""
         pending = self._held + fresh
-        found = [at for at in (pending.find(s) for s in self._stop) if at >= 0]
-        if found:
-            self.stopped = True
-            shown, self._held = pending[: min(found)], ""
+        cut = None
+        for at, character in enumerate(fresh, len(self._held) + 1):
+            found = [at - len(s.wanted) for s in self._stop if s.push(character)]
+            if found:
+                cut = min(found)
+                break
+        if cut is None:
+            cut = len(pending) - (0 if last else max((s.matched for s in self._stop), default=0))
         else:
-            keep = 0 if last else self._possible_stop(pending)
-            shown, self._held = pending[: len(pending) - keep], pending[len(pending) - keep :]
+            self.stopped = True
+        shown, self._held = pending[:cut], "" if self.stopped else pending[cut:]
         self.text += shown
         return shown
-
-    def _possible_stop(self, text: str) -> int:
-        """Length of the longest end of ``text`` that a stop string begins with."""
-        longest = max((len(s) for s in self._stop), default=1) - 1
-        for size in range(min(longest, len(text)), 0, -1):
-            if any(s.startswith(text[-size:]) for s in self._stop):
-                return size
-        return 0
 
     def _decode(self, ids: list[int]) -> str:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
+
+
+class _Search:
+    """Looks for a string in characters that come one by one; each takes constant time on average.
+
+    Attributes:
+        matched: length of the longest end of what came that the string begins with.
+    """
+
+    def __init__(self, wanted: str) -> None:
+        self.wanted, self.matched = wanted, 0
+        # Of each beginning of the string, the longest shorter one that it ends with (Knuth, Morris, Pratt);
+        # computed no further than was matched, so a long string costs nothing.
+        self._shorter = [0, 0]
+
+    def push(self, character: str) -> bool:
+        """Whether the string is complete with this character."""
+        self.matched = self._longer(self.matched, character)
+        if self.matched == len(self._shorter):
+            self._shorter.append(self._longer(self._shorter[-1], character))
+        return self.matched == len(self.wanted)
+
+    def _longer(self, length: int, character: str) -> int:
+        while length and self.wanted[length : length + 1] != character:
+            length = self._shorter[length]
+        return length + (self.wanted[length : length + 1] == character)

@@ -34,7 +34,9 @@ def workspace(slot: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     held: dict[str, Tensor] = _local.__dict__.setdefault("held", {})
     buffer = held.get(slot)
     if buffer is None or buffer.shape != shape or buffer.dtype != dtype:
-        buffer = held[slot] = torch.empty(shape, dtype=dtype)
+        # A buffer made under inference mode could not be written by a later call outside of it.
+        with torch.inference_mode(False):
+            buffer = held[slot] = torch.empty(shape, dtype=dtype)
     return buffer
 
 

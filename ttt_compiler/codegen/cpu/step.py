@@ -117,6 +117,9 @@ class _Call:
         self.table: list[list[int]] = state.rows.tolist()
         self.revocable = state.capacity - spec.chunk
         self.factored_limit = factored_limit(spec.d_model, spec.d_ff, batch)
+        if spec.rule.decay != 1.0 and state.tail_v.dtype != state.w.dtype:
+            # Decay multiplies what is stored, and a narrow factored row would round each step away.
+            self.factored_limit = 0
         self._limit: Tensor | None = None
 
     @functools.cached_property

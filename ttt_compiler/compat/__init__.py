@@ -23,6 +23,7 @@ CHECKED_TORCH = "2.13"
 
 CompileOne = Callable[[Callable[..., Any]], Callable[..., Any]]
 _trampolines = itertools.count()
+_NO_LIMIT = 1 << 30
 # Bound methods that stand for calling the module.
 _DOORS = ("forward", "__call__", "_call_impl", "_wrapped_call_impl")
 _CALLS = ("__call__", "_wrapped_call_impl")
@@ -127,8 +128,18 @@ def own_code(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def capture(fn: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
-    """``fn`` compiled with a callable ``backend``, static shapes, without touching other compiled code."""
-    return torch.compile(own_code(fn), backend=backend, dynamic=False)
+    """``fn`` compiled with a callable ``backend``, static shapes, without touching other compiled code.
+
+    Behind a graph break Dynamo compiles functions that models of one class share, anew for every ``backend``:
+    those must not run into ``recompile_limit``, from which on they would not be captured at all.
+    """
+    compiled = torch.compile(own_code(fn), backend=backend, dynamic=False)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch._dynamo.config.patch(recompile_limit=_NO_LIMIT, accumulated_recompile_limit=_NO_LIMIT):
+            return compiled(*args, **kwargs)
+
+    return call
 
 
 def fork_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
@@ -284,6 +295,23 @@ def cpp_compiler() -> str | None:
     except InvalidCxxCompiler:
         return None
     return found
+
+
+def tf32_allowed() -> bool:
+    """Whether fp32 products may be TF32 on CUDA, whichever of torch's two settings said so.
+
+    Checked on 2.13: the new setting follows the legacy one, which cannot be read once the new one was set.
+    """
+    chosen: str = torch.backends.cuda.matmul.fp32_precision
+    return (getattr(torch.backends, "fp32_precision") if chosen == "none" else chosen) == "tf32"  # noqa: B009
+
+
+def mark_static(x: torch.Tensor) -> None:
+    """Tell Dynamo that ``x`` stays where it is, so that a CUDA graph may write it.
+
+    Without a guard: it may be replaced, and then the graph is recorded again. Checked on 2.13.
+    """
+    torch._dynamo.mark_static_address(x, guard=False)
 
 
 def inductor_cache() -> str:
