@@ -126,6 +126,20 @@ def test_a_document_that_began_cannot_be_taken_back(model):
     assert session.tokens_seen == [1]
 
 
+def test_a_document_that_began_first_after_loading_cannot_be_taken_back(model, tmp_path):
+    """What the file holds came before the first call that is remembered."""
+    tokens = models.ids(1, 20)
+    session = ttt.Session(model)
+    with torch.no_grad():
+        model(tokens[:, :6], past_key_values=session.cache)
+        session.save(tmp_path / "s.ttt")
+        loaded = ttt.Session.load(model, tmp_path / "s.ttt")
+        model(tokens[:, 6:8], past_key_values=loaded.cache, position_ids=torch.arange(2)[None])
+    with pytest.raises(CropError, match="a document begins"):
+        loaded.cache.crop(-2)
+    assert (loaded.tokens_seen, loaded.cache.get_seq_length()) == ([2], 8)
+
+
 def test_everything_may_be_taken_back_and_read_again(model):
     tokens = models.ids(1, 12)
     session = ttt.Session(model, revocable=16)

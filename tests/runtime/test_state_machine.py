@@ -461,8 +461,3 @@ def test_states_are_their_models_whatever_happens():
         if StateMachine.met[what] < 10
     ]
     assert not missing, f"the machine hardly ever met {missing}: {StateMachine.met}"
-
-
-# -- POOL ----------------------------------------------------------------------------------------------------
-# The machine for ``runtime/pool.py`` belongs here: rules admit, retire, fork and park requests of one pool,
-# with ``Row``, ``outputs``, ``written`` and ``_check_row`` as above, and ``_feed`` over the requests at hand.

@@ -8,8 +8,9 @@ object with these methods will do.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -42,18 +43,21 @@ class FastWeightCache:
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Permute rows (beam search)."""
         # First what may refuse: then keys and values stay as they are too.
-        self.ttt.select(beam_idx)
-        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        with _undone_on_error(self.ttt):
+            self.ttt.select(beam_idx)
+            super().reorder_cache(beam_idx)  # type: ignore[misc]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
-        self.ttt.repeat_interleave(repeats)
-        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        with _undone_on_error(self.ttt):
+            self.ttt.repeat_interleave(repeats)
+            super().batch_repeat_interleave(repeats)  # type: ignore[misc]
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the given rows."""
-        self.ttt.select(indices)
-        super().batch_select_indices(indices)  # type: ignore[misc]
+        with _undone_on_error(self.ttt):
+            self.ttt.select(indices)
+            super().batch_select_indices(indices)  # type: ignore[misc]
 
     def activate_past_recording(self) -> None:
         """From now on keep what :meth:`crop` needs to take back tokens; assisted decoding calls this."""
@@ -128,6 +132,7 @@ def expect(cache: FastWeightCache, tokens: int, logits_to_keep: object) -> None:
 def note_arrival(cache: FastWeightCache, tokens: int, pos: Tensor | None) -> None:
     """After a call of ``tokens`` tokens at ``pos`` (``[B or 1, T]`` or None)."""
     cache.arrivals = (*cache.arrivals, (tokens, pos))[-_REMEMBERED:]
+    cache.ttt.arrived(cache, tokens, pos)
 
 
 def cached_tokens(cache: Any) -> int:
@@ -168,6 +173,10 @@ def _require_one_piece(cache: FastWeightCache, tokens: int) -> None:
         CropError: with what lies there.
     """
     stay = "Fork or save the session before tokens that may be rejected"
+    held = cached_tokens(cache)
+    real = cache.ttt.holding(held)
+    if real is not None and not bool(real[:, max(0, held - tokens) :].all()):
+        raise CropError(f"cannot take back {tokens} tokens: some of them are padding in a row. {stay}")
     left = tokens
     for index, (count, pos) in reversed(list(enumerate(cache.arrivals))):
         columns = None if pos is None else pos[:, max(0, count - left) :]
@@ -176,15 +185,17 @@ def _require_one_piece(cache: FastWeightCache, tokens: int) -> None:
                 raise CropError(
                     f"cannot take back {tokens} tokens: some of them are padding in a row. {stay}"
                 )
-            # The first token of everything may go: the document before it is none.
-            inner = columns[:, 1:] if index == 0 and columns.shape[1] == count else columns
+            # The first token of everything may go: the document before it is none. Caches that were loaded
+            # or put together may have held tokens before the first call that is remembered.
+            first = index == 0 and columns.shape[1] == count and tokens == held
+            inner = columns[:, 1:] if first else columns
             if bool((inner == 0).any()):
                 raise CropError(f"cannot take back {tokens} tokens: a document begins among them. {stay}")
         left -= count
         if left <= 0:
             return
-    held = cached_tokens(cache)
-    if any(seen != held for seen in cache.ttt.tokens_seen):
+    own = [held] * cache.ttt.batch_size if real is None else real.sum(1).tolist()
+    if cache.ttt.tokens_seen != own:
         raise CropError(
             f"cannot take back {tokens} tokens: padding, another document or evicted tokens may lie among "
             f"them. {stay}"
@@ -217,6 +228,17 @@ def only_last(
         tokens -= take
     # No longer the first call of all: what it began with may be gone.
     return ((0, None), *reversed(kept))
+
+
+@contextlib.contextmanager
+def _undone_on_error(state: FastWeightState) -> Iterator[None]:
+    """Around a selection of rows, of ``state`` and then of keys and values: refused, it changes neither."""
+    sites, batch = dict(state.sites), state.batch
+    try:
+        yield
+    except BaseException:
+        state.sites, state.batch = sites, batch
+        raise
 
 
 def evict(layers: Iterable[Any], keep: int, sink: int) -> None:

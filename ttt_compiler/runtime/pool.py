@@ -1,9 +1,9 @@
 """A bounded pool of sequences for servers: slots, a budget, and a place for those that wait.
 
 All sequences of a pool share one set of tables, so a batch of any of them is a tensor of row numbers and no
-graph is compiled again when the members of a batch change. May be changed here: who gets a slot, who loses
-it, and where it waits. Lending for a block (:meth:`Pool.use`) is the only door, so that nothing is taken
-from a call that runs.
+graph is compiled again when the members of a batch change. May be changed here: who gets a slot, and who
+loses it; how sequences move is in ``places.py``, what is lent in ``lent.py``. Lending for a block
+(:meth:`Pool.use`) is the only door, so that nothing is taken from a call that runs.
 """
 
 from __future__ import annotations
@@ -13,43 +13,23 @@ import os
 import re
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ttt_compiler.codegen.layout import CACHED
-from ttt_compiler.errors import CacheError, PoolError, PoolFullError, SnapshotError
-from ttt_compiler.runtime import snapshot
-from ttt_compiler.runtime.cache import attach_state, plain_layers
+from ttt_compiler.errors import PoolError, PoolFullError
+from ttt_compiler.runtime.cache import attach_state
 from ttt_compiler.runtime.cache_size import cache_bytes
 from ttt_compiler.runtime.join import joined, split
-from ttt_compiler.runtime.layers import fork_cache, layer_bytes
+from ttt_compiler.runtime.layers import fork_cache
+from ttt_compiler.runtime.lent import PooledSession, PooledState
+from ttt_compiler.runtime.places import SUFFIX, Places, Sequence
 from ttt_compiler.runtime.root import Root, require_root
-from ttt_compiler.runtime.rows import Row, export_row, import_row
-from ttt_compiler.runtime.session import Session
 from ttt_compiler.runtime.state import FastWeightState, bytes_per_sequence
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
-SUFFIX = ".ttt"
-
-
-@dataclass
-class _Sequence:
-    """What the pool knows of one sequence: exactly one of row, parked, on_disk says where it is."""
-
-    name: str
-    cache: Any
-    row: int | None = None
-    parked: dict[str, Row] | None = None
-    on_disk: bool = False
-    lent: bool = False
-    lost: str | None = None
-    used: int = 0
-    # The slow weights that its fast weights were written on.
-    owner: object = None
 
 
 class Pool:
@@ -65,10 +45,10 @@ class Pool:
         model: a converted model.
         sequences: slots: how many sequences can run at once.
         memory: instead of ``sequences``, a budget in bytes for fast weights and full contexts of keys and
-            values.
+            values. A batch is held once: its members' keys and values move into it, layer by layer, and back.
         context: most tokens whose keys and values one sequence may keep; default the model's own limit.
         bytes_per_sequence: what a full sequence takes, for models whose caches do not say.
-        parked_memory: bytes of memory for sequences without a slot.
+        parked_memory: bytes of memory for sequences without a slot, keys and values included.
         disk: folder for those beyond that; sequences found there are part of the pool.
         revocable: how many of the last tokens can be taken back across a chunk's end.
 
@@ -101,16 +81,15 @@ class Pool:
         self._tables = FastWeightState.zeros(
             self._root.specs, self.capacity, like.dtype, like.device, None, revocable, shared_lanes=True
         )
-        self._free = list(range(self.capacity))
-        self._sequences: dict[str, _Sequence] = {}
+        self._places = Places(self.model, self._root, self._tables, parked_memory, self.disk, self.context)
+        self._sequences = self._places.sequences
         self._changed = threading.Condition()
         self._tick = 0
-        self._blocks: list[PooledSession] = []
         if self.disk is not None:
             self.disk.mkdir(parents=True, exist_ok=True)
             for path in sorted(self.disk.glob(f"*{SUFFIX}")):
                 if _NAME.fullmatch(path.stem):
-                    self._sequences[path.stem] = _Sequence(path.stem, None, on_disk=True)
+                    self._sequences[path.stem] = Sequence(path.stem, None, on_disk=True)
 
     def __contains__(self, name: object) -> bool:
         return name in self._sequences
@@ -127,18 +106,17 @@ class Pool:
     def nbytes(self) -> int:
         """Bytes that are held now: tables, keys and values, parked sequences."""
         with self._changed:
-            parked = sum(_row_bytes(s.parked) for s in self._sequences.values() if s.parked)
-            caches = [s.cache for s in self._sequences.values()] + [b.cache for b in self._blocks]
-        one_each = {id(cache): cache for cache in caches if cache is not None}
-        return self._tables.nbytes + parked + sum(map(layer_bytes, one_each.values()))
+            return self._places.nbytes
 
     def where(self, name: str) -> str:
-        """``"slot"``, ``"parked"`` or ``"disk"``.
+        """``"slot"``, ``"parked"`` or ``"disk"``; ``"lost"`` after an error half-way through a call.
 
         Raises:
             PoolError: no such sequence.
         """
         sequence = self._known(name)
+        if sequence.lost is not None:
+            return "lost"
         return "slot" if sequence.row is not None else "disk" if sequence.on_disk else "parked"
 
     @contextlib.contextmanager
@@ -151,21 +129,22 @@ class Pool:
 
         Raises:
             PoolFullError: there are not as many slots, or they are all lent.
-            PoolError: a name is lent already, given twice, or no name.
+            PoolError: a name is lent already, given twice, or no name; or the sequence cannot go on, because
+                an error ended it or the slow weights were changed since.
         """
         members = self._lend(names, wait)
         try:
             session = self._session(members)
-            self._blocks.append(session)
             try:
                 yield session
             finally:
                 self._take_back(members, session)
-                self._blocks.remove(session)
         finally:
             with self._changed:
                 for member in members:
                     member.lent = False
+                    if member.lost is not None:
+                        self._places.drop(member)
                 self._changed.notify_all()
 
     def fork(self, name: str, branch: str) -> None:
@@ -176,6 +155,7 @@ class Pool:
             PoolFullError: no slot can be had.
         """
         self._known(name)
+        self._refuse_known(branch)
         source, target = self._lend((name, branch), 0.0, new=branch)
         try:
             with self._root.lock:
@@ -183,8 +163,11 @@ class Pool:
                     for table in (site.rows, site.lanes, site.norms):
                         table[target.row] = table[source.row]
                     site.rows[target.row, CACHED] = 0
-            target.cache, target.lost = fork_cache(source.cache), source.lost
-            target.owner = source.owner
+            target.cache, target.owner = fork_cache(source.cache), source.owner
+        except BaseException:
+            with self._changed:
+                self._places.vacate(self._sequences.pop(branch))
+            raise
         finally:
             with self._changed:
                 source.lent = target.lent = False
@@ -199,9 +182,9 @@ class Pool:
         with self._changed:
             sequence = self._known(name)
             self._refuse_lent(sequence)
-            self._vacate(sequence)
+            self._places.vacate(sequence)
             if self.disk is not None:
-                self._path(name).unlink(missing_ok=True)
+                self._places.path(name).unlink(missing_ok=True)
             del self._sequences[name]
             self._changed.notify_all()
 
@@ -214,24 +197,24 @@ class Pool:
         with self._changed:
             sequence = self._known(name)
             self._refuse_lent(sequence)
-            self._write(sequence)
+            self._places.write(sequence)
 
-    def _known(self, name: str) -> _Sequence:
+    def _known(self, name: str) -> Sequence:
         if name not in self._sequences:
             raise PoolError(f"there is no sequence {name!r}; with pool.use({name!r}) begins one")
         return self._sequences[name]
 
+    def _refuse_known(self, name: str) -> None:
+        if name in self:
+            raise PoolError(f"{name!r} exists already: pool.close({name!r}) first, or choose another name")
+
     @staticmethod
-    def _refuse_lent(sequence: _Sequence) -> None:
+    def _refuse_lent(sequence: Sequence) -> None:
         if sequence.lent:
             raise PoolError(f"{sequence.name!r} is in use: leave its block first")
 
-    def _path(self, name: str) -> Path:
-        assert self.disk is not None
-        return self.disk / f"{name}{SUFFIX}"
-
-    def _lend(self, names: tuple[str, ...], wait: float | None, *, new: str | None = None) -> list[_Sequence]:
-        """Every named sequence in a slot, and marked as lent; all or none. ``new`` must not exist yet."""
+    def _lend(self, names: tuple[str, ...], wait: float | None, *, new: str | None = None) -> list[Sequence]:
+        """Every named sequence in a slot, and marked as lent; all or none. Given ``new``, it alone is new."""
         self._check_names(names)
         with self._changed:
             if not self._changed.wait_for(lambda: self._can_lend(names), wait):
@@ -242,12 +225,16 @@ class Pool:
                     f"{len(names)} sequences need slots and {self.capacity} slots are lent to others; pass "
                     "wait= to wait, or build the pool with more sequences="
                 )
-            if new is not None and new in self:
-                raise PoolError(f"{new!r} exists already: pool.close({new!r}) first, or choose another name")
+            # Here, not before: while this waited, others may have begun sequences or closed them.
+            if new is not None:
+                self._refuse_known(new)
+            for name in names:
+                if name in self or new not in (None, name):
+                    self._places.refuse_ended(self._known(name), "go on")
             made = [n for n in names if n not in self]
             for name in made:
                 cache = None if self._root.make_cache is None else self._root.make_cache()
-                self._sequences[name] = _Sequence(name, cache)
+                self._sequences[name] = Sequence(name, cache)
             members = [self._sequences[n] for n in names]
             for member in members:
                 member.lent = True
@@ -258,7 +245,7 @@ class Pool:
                 for member in members:
                     member.lent = False
                 for name in made:
-                    self._vacate(self._sequences.pop(name))
+                    self._places.vacate(self._sequences.pop(name))
                 raise
             return members
 
@@ -281,264 +268,48 @@ class Pool:
         held = {s.name for s in self._sequences.values() if s.lent}
         return held.isdisjoint(names) and len(held) + len(names) <= self.capacity
 
-    def _seat(self, sequence: _Sequence) -> None:
+    def _seat(self, sequence: Sequence) -> None:
         """Give a sequence a slot, from the least recently used one that is not lent when none is free."""
         self._tick += 1
         sequence.used = self._tick
         if sequence.row is not None:
             return
-        loaded = self._read(sequence) if sequence.on_disk else None
-        if not self._free:
+        loaded = self._places.read(sequence) if sequence.on_disk else None
+        if not self._places.free:
             idle = [s for s in self._sequences.values() if s.row is not None and not s.lent]
-            self._park(min(idle, key=lambda s: s.used))
-        row = self._free.pop()
-        with self._root.lock:
-            seat = FastWeightState(self._root.specs, self._tables.sites, torch.tensor([row]))
-            seat.reset()
-            rows = sequence.parked or {}
-            if loaded is not None:
-                state, sequence.cache = loaded
-                sequence.owner = self._root.owner()
-                rows = {s.key: export_row(state, s.key, 0) for s in self._root.specs}
-            for spec in self._root.specs:
-                if spec.key in rows:
-                    import_row(seat, spec, 0, rows[spec.key])
-        sequence.row, sequence.parked, sequence.on_disk = row, None, False
+            self._places.park(min(idle, key=lambda s: s.used))
+        self._places.seat(sequence, loaded)
 
-    def _vacate(self, sequence: _Sequence) -> None:
-        if sequence.row is None:
-            return
-        with self._root.lock:
-            FastWeightState(self._root.specs, self._tables.sites, torch.tensor([sequence.row])).reset()
-        self._free.append(sequence.row)
-        sequence.row = None
-
-    def _park(self, sequence: _Sequence) -> None:
-        """Take the slot of an idle sequence; it waits in memory, or on disk."""
-        if sequence.lost is not None:
-            # There is nothing to keep but that it is lost.
-            self._vacate(sequence)
-            sequence.cache, sequence.parked = None, {}
-            return
-        size = _row_bytes(self._rows(sequence)) + layer_bytes(sequence.cache)
-        if self._parked_bytes() + size <= self.parked_memory:
-            # One lock for both: once the row is free, a call in another thread may write into its slot.
-            with self._root.lock:
-                rows = self._rows(sequence)
-                kept = {k: {n: x.clone() for n, x in row.items()} for k, row in rows.items()}
-                self._vacate(sequence)
-            sequence.parked = kept
-            return
-        if self.disk is None:
-            raise PoolFullError(
-                f"all {self.capacity} slots are taken and parked_memory={self.parked_memory} has no room for "
-                f"{size} bytes of {sequence.name!r}: pool.close(name) one, or build the pool with disk= or "
-                "more parked_memory="
-            )
-        self._write(sequence)
-        self._vacate(sequence)
-        sequence.cache, sequence.on_disk = None, True
-
-    def _parked_bytes(self) -> int:
-        parked = [s for s in self._sequences.values() if s.parked]
-        return sum(_row_bytes(s.parked) + layer_bytes(s.cache) for s in parked)
-
-    def _rows(self, sequence: _Sequence) -> dict[str, Row]:
-        """A sequence's fast weights, as views while it has a slot."""
-        if sequence.parked is not None:
-            return sequence.parked
-        seat = FastWeightState(self._root.specs, self._tables.sites, torch.tensor([sequence.row]))
-        return {s.key: export_row(seat, s.key, 0) for s in self._root.specs}
-
-    def _write(self, sequence: _Sequence) -> None:
-        if self.disk is None:
-            raise PoolError("this pool has no folder: build it with disk=")
-        if sequence.on_disk:
-            return
-        if sequence.lost is not None:
-            raise PoolError(f"{sequence.name!r} cannot be saved: {sequence.lost}. Type pool.close(name)")
-        with self._root.lock:
-            state = self._private(sequence)
-            snapshot.save(self._path(sequence.name), self.model, self._root, state, sequence.cache)
-
-    def _private(self, sequence: _Sequence) -> FastWeightState:
-        """A sequence in tables of its own."""
-        state = self._root.new_state(1, self._tables.revocable)
-        for spec in self._root.specs:
-            import_row(state, spec, 0, self._rows(sequence)[spec.key])
-        return state
-
-    def _read(self, sequence: _Sequence) -> tuple[FastWeightState, Any]:
-        try:
-            loaded = Session.load(self.model, self._path(sequence.name))
-        except SnapshotError as e:
-            raise PoolError(f"{sequence.name!r} cannot be read back: {e}. Type pool.close(name)") from e
-        if loaded.batch_size != 1:
-            raise PoolError(
-                f"{sequence.name!r} was saved with {loaded.batch_size} sequences, a pool keeps one per name: "
-                "open it with ttt.Session.load, or type pool.close(name), which deletes the file"
-            )
-        if loaded.state.revocable > self._tables.revocable:
-            raise PoolError(
-                f"{sequence.name!r} was saved with {loaded.state.revocable} revocable tokens: build the pool "
-                f"with revocable={loaded.state.revocable}"
-            )
-        return loaded.state, loaded.cache
-
-    def _session(self, members: list[_Sequence]) -> PooledSession:
-        owner = self._root.owner()
-        for member in members:
-            if member.lost is not None:
-                raise PoolError(f"{member.name!r} cannot go on: {member.lost}. Type pool.close(name)")
-            if member.owner not in (None, owner):
-                raise PoolError(
-                    f"{member.name!r} cannot go on: the model's slow weights were trained or loaded since it "
-                    "was read. Put them back, or type pool.close(name)"
-                )
+    def _session(self, members: list[Sequence]) -> PooledSession:
         rows = torch.tensor([m.row for m in members], device=self._tables.device)
-        state = PooledState(self._tables, rows, owner, self.context)
-        cache, padding = None, [0] * len(members)
-        if self._root.make_cache is not None:
-            if len(members) > 1:
-                # A refusal must come before anything is moved.
-                for member in members:
-                    plain_layers(member.cache)
-            with _losing(members):
-                cache, padding = joined([m.cache for m in members], self._root.make_cache)
-            if len(members) > 1:
-                # Their keys and values have moved into the batch's.
-                for member in members:
-                    member.cache = None
+        state = PooledState(self._tables, rows, self._root.owner(), self.context)
+        cache, make = None, self._root.make_cache
+        if make is not None:
+            cache, padding = joined([m.cache for m in members], lambda: attach_state(make(), state))
             attach_state(cache, state)
-        return PooledSession(self.model, self._root, state, cache, [m.name for m in members], padding)
+            state.pad(padding)
+            for member in members:
+                member.cache = cache
+        return PooledSession(self.model, self._root, state, cache, [m.name for m in members])
 
-    def _take_back(self, members: list[_Sequence], session: PooledSession) -> None:
+    def _take_back(self, members: list[Sequence], session: PooledSession) -> None:
         state = session.state
         assert isinstance(state, PooledState)
-        for member, seen in zip(members, state.tokens_seen, strict=True):
-            member.lost = state.lost
-            member.owner = state.owner if seen else None
-        if session.cache is not None and self._root.make_cache is not None:
-            with _losing(members):
-                caches = split(session.cache, session.padding, self._root.make_cache)
+        try:
+            for member, seen in zip(members, state.tokens_seen, strict=True):
+                member.lost = state.lost
+                member.owner = state.owner if seen else None
+            if state.lost is None and session.cache is not None and self._root.make_cache is not None:
+                caches = split(session.cache, session.real, self._root.make_cache)
                 for member, cache in zip(members, caches, strict=True):
                     member.cache = cache
-        state.lost = "the pool has taken its slots back; lend it again: with pool.use(name) as session"
-
-
-class PooledState(FastWeightState):
-    """Sequences that a pool has lent: rows of its tables."""
-
-    def __init__(self, tables: FastWeightState, rows: Tensor, owner: object, context: int | None) -> None:
-        super().__init__(tables.specs, tables.sites, rows, owner)
-        self.context = context
-
-    def own(self) -> None:
-        """The tables are the pool's, and rows of others are never touched."""
-
-    def admit(self, cached: int, tokens: int) -> None:
-        """Raise before a call whose keys and values would not fit what the pool has planned for.
-
-        Raises:
-            PoolError: naming the limit.
-        """
-        if self.context is not None and cached + tokens > self.context:
-            raise PoolError(
-                f"{cached} tokens are cached and {tokens} more are to come, but this pool holds "
-                f"{self.context} per sequence. Build it with a larger context=, or session.evict(keep=...)"
-            )
-
-    def clone(self) -> FastWeightState:
-        """A copy in tables of its own: a fork of a lent sequence leaves the pool."""
-        device = self.device
-        other = FastWeightState.zeros(
-            self.specs, self.batch_size, self.dtype, device, self.owner, self.revocable
-        )
-        for spec in self.specs:
-            for b in range(self.batch_size):
-                import_row(other, spec, b, export_row(self, spec.key, b))
-        other.lost = self.lost
-        return other
-
-    def select(self, rows: Tensor) -> None:
-        """Nothing but the order that is: names belong to rows, and others would need slots of the pool."""
-        if rows.tolist() != list(range(self.batch_size)):
-            raise CacheError(
-                "beams, repeated and reordered sequences need rows of their own, which a pool does not lend: "
-                "generate on session.fork(), which leaves the pool"
-            )
-
-    def keep_revocable(self, tokens: int) -> None:
-        """Raise unless the pool was built for it."""
-        if tokens > self.revocable:
-            raise CacheError(
-                f"{tokens} tokens must stay revocable and this pool keeps {self.revocable}: build it with "
-                f"revocable={tokens}"
-            )
-
-
-class PooledSession(Session):
-    """One or more sequences of a pool, as one batch; good for the block that it was lent for.
-
-    Attributes:
-        names: the sequences, in the order of the batch.
-        padding: per sequence, how many positions of the cache in front of its tokens are empty.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        root: Root,
-        state: FastWeightState,
-        cache: Any,
-        names: list[str],
-        padding: list[int],
-    ) -> None:
-        self.model, self._root, self._state, self.cache = model, root, state, cache
-        self.names, self.padding = names, padding
-
-    def reset(self) -> None:
-        """As :meth:`Session.reset`; nothing stands in front of any sequence any more."""
-        super().reset()
-        self.padding = [0] * len(self.padding)
-
-    def attention_mask(self, new_tokens: int) -> Tensor:
-        """int64 ``[B, cached + new_tokens]``: 0 where the cache is empty in front of a sequence."""
-        width = (0 if self.cache is None else int(self.cache.get_seq_length())) + new_tokens
-        place = torch.arange(width)[None]
-        return (place >= torch.tensor(self.padding)[:, None]).long()
-
-    def inputs(self, ids: Tensor) -> dict[str, Any]:
-        """What a transformers model is called with to read ``ids [B, T]``, the next of every sequence."""
-        seen = torch.tensor(self.tokens_seen, device=ids.device)
-        return {
-            # A slice's offset into its storage is part of what a graph is compiled for.
-            "input_ids": ids.clone(),
-            "attention_mask": self.attention_mask(ids.shape[1]).to(ids.device),
-            "position_ids": seen[:, None] + torch.arange(ids.shape[1], device=ids.device),
-            "past_key_values": self.cache,
-        }
-
-    def evict(self, keep: int, sink: int = 0) -> None:
-        """As :meth:`Session.evict`; of sequences of different lengths, one at a time."""
-        if any(self.padding):
-            raise CacheError("sequences of different lengths are evicted one at a time: pool.use(name)")
-        super().evict(keep, sink)
-
-
-@contextlib.contextmanager
-def _losing(members: list[_Sequence]) -> Iterator[None]:
-    """Around what moves keys and values: sequences for which it fails half-way are lost."""
-    try:
-        yield
-    except BaseException as e:
-        for member in members:
-            member.lost = member.lost or f"its keys and values could not be moved ({type(e).__name__}: {e})"
-        raise
-
-
-def _row_bytes(rows: dict[str, Row] | None) -> int:
-    return sum(x.nbytes for row in (rows or {}).values() for x in row.values())
+        except BaseException as e:
+            for member in members:
+                why = f"its keys and values could not be moved ({type(e).__name__}: {e})"
+                member.lost = member.lost or why
+            raise
+        finally:
+            state.lost = "the pool has taken its slots back; lend it again: with pool.use(name) as session"
 
 
 def _own_context(model: nn.Module) -> int | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -172,6 +173,13 @@ class FastWeightState:
 
     def admit(self, cached: int, tokens: int) -> None:
         """Raise before a call of ``tokens`` more tokens that this state has no room for; a pool's may."""
+
+    def arrived(self, cache: Any, tokens: int, pos: Tensor | None) -> None:
+        """After a call of ``tokens`` tokens at ``pos``, which ``cache`` holds now; a pool's notes padding."""
+
+    def holding(self, cached: int) -> Tensor | None:
+        """Bool ``[B, cached]`` on the CPU, which cached positions hold tokens; None: nobody noted."""
+        return None
 
     def select(self, rows: Tensor) -> None:
         """Sequence i becomes sequence ``rows[i]``: beam reorder, batch selection.
