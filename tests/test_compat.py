@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ttt_compiler import backend, compat
+from ttt_compiler.compat import processor
 
 
 def test_checked_version():
@@ -182,9 +183,9 @@ def test_rooms_import_downwards_only():
 
 
 def test_what_the_doctor_asks_inductor(monkeypatch, tmp_path):
-    assert compat.cpp_compiler()
+    assert processor.cpp_compiler()
     with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
-        assert compat.cpp_compiler() is None
+        assert processor.cpp_compiler() is None
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     assert compat.inductor_cache() == str(tmp_path / "cache")
     assert (tmp_path / "cache").is_dir()

@@ -20,6 +20,7 @@ import torch
 
 import ttt_compiler
 from ttt_compiler import compat
+from ttt_compiler.compat import processor
 
 Status = Literal["ok", "note", "missing"]
 Version = tuple[int, int]
@@ -133,7 +134,7 @@ def _triton() -> Check:
 
 def _compiler() -> Check:
     name = "C++ compiler"
-    command = compat.cpp_compiler()
+    command = processor.cpp_compiler()
     if command is None:
         return Check(name, "missing", f"none, and Inductor needs one. Type: {_COMPILER}")
     done = subprocess.run([command, "--version"], capture_output=True, text=True, timeout=60, check=False)

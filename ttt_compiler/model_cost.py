@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ttt_compiler.codegen import decode_cost, forms, forms_cpu, training_cost
-from ttt_compiler.codegen.choose import predicted
+from ttt_compiler.codegen.choose import predicted, predicted_gradient_form
 from ttt_compiler.codegen.cost_model import Choice, linear_parameters, rank_scan_configs
 from ttt_compiler.codegen.decode_cost import DecodeShape
 from ttt_compiler.codegen.devices import Device
@@ -285,12 +285,8 @@ def training(
             training_cost.values_step(shape, device, d_target=site.d_target, proj=site.proj), device
         )
         base = _seconds(training_cost.static_step(shape, device), device)
-        # The three scans of a backward have one form.
-        steps = [
-            training_cost.our_step(shape, device, functools.partial(_scan, form=form))
-            for form in ("on_chip", "two_gemm")
-        ]
-        phases, needed = min(steps, key=lambda step: _seconds(step[0], device))
+        form = predicted_gradient_form(device, shape) if device.overlaps else "recurrent"
+        phases, needed = training_cost.our_step(shape, device, functools.partial(_scan, form=form))
         official, stack = training_cost.stacked_step(shape, device)
         names[ours(shape, device, SCAN).form] = None
         seconds += site.count * (_seconds(phases, device) + values - base)

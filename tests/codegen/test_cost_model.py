@@ -15,12 +15,13 @@ from ttt_compiler.codegen.cost_model import rank_scan_configs
 from ttt_compiler.codegen.decode_cost import DecodeShape
 from ttt_compiler.codegen.devices import A100, DEVICES, H100, MI300X, Device
 from ttt_compiler.codegen.forms import ScanShape
+from ttt_compiler.codegen.kernels.tiles import GRADIENT, SCAN
 from ttt_compiler.codegen.on_chip import (
     ScanConfig,
-    default_configs,
     on_chip,
     resident,
     shared_bytes,
+    shipped_configs,
     thread_registers,
     why_not,
     workspace_bytes,
@@ -50,6 +51,12 @@ def counted(run) -> int:
     with FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops()
+
+
+def configs_of(device: Device) -> tuple[ScanConfig, ...]:
+    """Whatever is shipped for ``BIG``."""
+    found = (shipped_configs(device.arch, BIG.dtype, use, BIG.d_ff) for use in (SCAN, GRADIENT))
+    return tuple(dict.fromkeys(c for configs in found for c in configs))
 
 
 # --- counts ----------------------------------------------------------------------------------------------
@@ -290,7 +297,7 @@ def test_shorter_chunks_cost_two_gemms_and_stacks_more_and_our_kernel_nothing():
 
 def test_the_order_of_two_gemm_and_our_kernel_turns_with_the_chunk():
     def first(chunk):
-        ranked = rank_scan_configs(replace(BIG, chunk=chunk), H100, default_configs(H100))
+        ranked = rank_scan_configs(replace(BIG, chunk=chunk), H100, configs_of(H100))
         return next(c.form for c in ranked if c.form != "dual")
 
     first = {chunk: first(chunk) for chunk in (128, 8192)}
@@ -298,7 +305,7 @@ def test_the_order_of_two_gemm_and_our_kernel_turns_with_the_chunk():
 
 
 def test_ranking_is_sorted_complete_and_stable():
-    configs, short = default_configs(A100), replace(BIG, chunk=128)
+    configs, short = configs_of(A100), replace(BIG, chunk=128)
     ranked = rank_scan_configs(short, A100, configs)
     times = [choice.cost.seconds for choice in ranked]
     assert times == sorted(times)
@@ -358,7 +365,9 @@ def test_decode_chooses_by_written_tokens():
 # --- this processor --------------------------------------------------------------------------------------
 
 
-def test_the_loop_of_this_processor_by_hand():
+def test_the_loop_of_this_processor_by_hand(monkeypatch):
+    # First a processor that multiplies every dtype by its own units.
+    monkeypatch.setattr(forms_cpu, "product_dtype", lambda dtype: dtype)
     device = replace(this_cpu(), l2=0)
     shape = ScanShape(tokens=100, d_model=8, d_ff=12, chunk=32, dtype=torch.float32)
     phases = {p.name: p for p in forms_cpu.recurrent(shape, device)}
@@ -376,12 +385,18 @@ def test_the_loop_of_this_processor_by_hand():
     # A state in the core's own cache does not move.
     kept = {p.name: p for p in forms_cpu.recurrent(shape, replace(device, l2=2**20))}
     assert kept["write"].hbm == 0
+    # Then one that multiplies in fp32: h is widened twice, v once, y is narrowed once.
+    monkeypatch.setattr(forms_cpu, "product_dtype", lambda dtype: torch.float32)
+    wide = {p.name: p for p in forms_cpu.recurrent(replace(shape, dtype=torch.bfloat16), device)}
+    assert set(wide) == {"apply", "finite", "write", "widen"}
+    assert wide["apply"] == phases["apply"]
+    assert wide["widen"].hbm == 100 * 2 * 20 * (2 + 4)
 
 
 def test_the_loop_is_the_one_choice_of_a_processor_besides_dual():
     device = this_cpu()
     shape = ScanShape(2048, 1024, 3072, 512, dtype=torch.float32)
-    assert default_configs(device) == ()
+    assert shipped_configs(device.arch, shape.dtype, SCAN, shape.d_ff) == ()
     assert "no GPU kernel" in (why_not(TILES, shape, device) or "")
     ranked = rank_scan_configs(shape, device, [TILES])
     assert {c.form for c in ranked} <= {"recurrent", "dual"}

@@ -84,19 +84,24 @@ def test_a_fork_that_writes_while_another_is_parked(model, tokens, truth):
     goes_on(model, pool, "victim", 0, tokens, truth, 10, 20)
 
 
+def before_it_lends(pool, run, *args):
+    """Another thread runs ``run`` when the pool is about to lend."""
+    lend = pool._lend
+
+    def late(*given, **kwargs):
+        pool._lend = lend
+        thread = threading.Thread(target=run, args=args)
+        thread.start()
+        thread.join()
+        return lend(*given, **kwargs)
+
+    pool._lend = late
+
+
 def test_a_fork_under_a_name_that_another_thread_takes(model, tokens, truth):
     pool = ttt.Pool(model, sequences=3)
     read(model, pool, ["a"], tokens[:1, :9])
-    lend = pool._lend
-
-    def late(*args, **kwargs):
-        pool._lend = lend
-        thread = threading.Thread(target=read, args=(model, pool, ["x"], tokens[1:2, :7]))
-        thread.start()
-        thread.join()
-        return lend(*args, **kwargs)
-
-    pool._lend = late
+    before_it_lends(pool, read, model, pool, ["x"], tokens[1:2, :7])
     with pytest.raises(PoolError, match="'x' exists already"):
         pool.fork("a", "x")
     goes_on(model, pool, "x", 1, tokens, truth, 7, 12)
@@ -106,15 +111,7 @@ def test_a_fork_under_a_name_that_another_thread_takes(model, tokens, truth):
 def test_a_fork_of_a_sequence_that_another_thread_closes(model, tokens):
     pool = ttt.Pool(model, sequences=3)
     read(model, pool, ["a"], tokens[:1, :9])
-    lend = pool._lend
-
-    def late(*args, **kwargs):
-        thread = threading.Thread(target=pool.close, args=("a",))
-        thread.start()
-        thread.join()
-        return lend(*args, **kwargs)
-
-    pool._lend = late
+    before_it_lends(pool, pool.close, "a")
     with pytest.raises(PoolError, match="no sequence 'a'"):
         pool.fork("a", "x")
     assert pool.names == []

@@ -16,7 +16,7 @@ import torch
 
 from ttt_compiler.codegen.cpu.gemm import is_amd
 from ttt_compiler.codegen.devices import GB, KIB, MIB, Device, Fraction
-from ttt_compiler.compat import onednn_linear
+from ttt_compiler.compat.processor import onednn_linear
 
 # A GEMM as the scan makes it: a chunk of tokens against a matrix beyond the private caches.
 _ROWS, _D, _F = 512, 1024, 3072

@@ -15,7 +15,7 @@ from ttt_compiler.codegen.cost_model import Choice, rank_scan_configs
 from ttt_compiler.codegen.devices import DEVICES, Device, device_of
 from ttt_compiler.codegen.forms import ScanShape
 from ttt_compiler.codegen.kernels.tiles import GRADIENT, INTERPRETED, RUNNING, Tile, architecture, shipped
-from ttt_compiler.codegen.on_chip import ScanConfig
+from ttt_compiler.codegen.on_chip import config_of, shipped_configs
 from ttt_compiler.codegen.training_cost import backward_scans
 
 # Tiles that are measured against each other under max-autotune.
@@ -92,16 +92,18 @@ def gradient_form(device: torch.device, shape: ScanShape) -> str:
     if device.type == "cpu":
         return "on_chip"
     arch = architecture(device)
-    return _gradient_form(_model_of(torch.cuda.get_device_name(device), arch), shape)
+    model = _model_of(torch.cuda.get_device_name(device), arch)
+    return "library" if predicted_gradient_form(model, shape) == "two_gemm" else "on_chip"
 
 
 @functools.lru_cache(maxsize=1024)
-def _gradient_form(model: Device, shape: ScanShape) -> str:
-    seconds = {
-        form: sum(predicted(model, GRADIENT, part, form).cost.seconds for part in backward_scans(shape))
-        for form in ("on_chip", "two_gemm")
-    }
-    return "library" if seconds["two_gemm"] < seconds["on_chip"] else "on_chip"
+def predicted_gradient_form(model: Device, shape: ScanShape) -> str:
+    """``"on_chip"`` or ``"two_gemm"``: the faster form of a backward's three scans, which have the same."""
+
+    def seconds(form: str) -> float:
+        return sum(predicted(model, GRADIENT, part, form).cost.seconds for part in backward_scans(shape))
+
+    return min(("on_chip", "two_gemm"), key=seconds)
 
 
 def predicted(model: Device, use: str, shape: ScanShape, form: str = "on_chip") -> Choice:
@@ -116,20 +118,14 @@ def predicted(model: Device, use: str, shape: ScanShape, form: str = "on_chip") 
     if use == RUNNING:
         tile = shipped(model.arch, shape.dtype, use)[0]
         groups = tile.groups(shape.d_model, shape.d_ff, -(-model.sms // shape.batch))
-        return next(c for c in rank_scan_configs(shape, model, [_config(tile, groups)]) if c.config)
+        return next(c for c in rank_scan_configs(shape, model, [config_of(tile, groups)]) if c.config)
     forms = (form,) if use == GRADIENT else ("on_chip", "two_gemm", "dual")
     return _ranked(model, model.arch, use, shape, forms)[0]
 
 
 def _ranked(model: Device, arch: str, use: str, shape: ScanShape, forms: tuple[str, ...]) -> list[Choice]:
-    configs = [
-        _config(t, groups) for t in shipped(arch, shape.dtype, use) for groups in t.group_choices(shape.d_ff)
-    ]
+    configs = shipped_configs(arch, shape.dtype, use, shape.d_ff)
     return [c for c in rank_scan_configs(shape, model, configs) if c.form in forms]
-
-
-def _config(tile: Tile, groups: int) -> ScanConfig:
-    return ScanConfig(tile.tokens, tile.outer, tile.inner, tile.warps, groups, tile.stages)
 
 
 def _model_of(name: str, arch: str) -> Device:

@@ -21,6 +21,7 @@ from ttt_compiler.codegen.forms import ScanShape
 from ttt_compiler.codegen.kernels.tiles import SCAN, architecture, shipped
 from ttt_compiler.codegen.on_chip import ScanConfig, on_chip, why_not, workspace_bytes
 from ttt_compiler.codegen.phases import Cost, Phase, cost_of
+from ttt_compiler.compat.processor import product_dtype
 from ttt_compiler.spec import CONV, PROJ, SiteSpec, state_dtype
 
 OVERHEAD_RULE = (
@@ -187,7 +188,9 @@ def lowering_name(spec: SiteSpec, device: torch.device, dtype: torch.dtype) -> s
     mkl: bool = torch.backends.mkl.is_available()
     blas = "MKL" if mkl else "the BLAS that torch was built with"
     gemms = f"GEMMs by {blas}"
-    if dtype in (torch.bfloat16, torch.float16):
+    if product_dtype(dtype) != dtype:
+        gemms += f" in fp32: this processor has no unit for {str(dtype).removeprefix('torch.')} products"
+    elif dtype in (torch.bfloat16, torch.float16):
         gemms = (
             f"{str(dtype).removeprefix('torch.')} GEMMs on a copy of the state, fewer than "
             f"{SHADOW_MIN_ROWS} rows on the state itself"

@@ -14,6 +14,7 @@ from ttt_compiler.codegen.cpu.gemm import ONEDNN_MIN_ROWS, SHADOW_MIN_ROWS
 from ttt_compiler.codegen.devices import Device
 from ttt_compiler.codegen.forms import ScanShape
 from ttt_compiler.codegen.phases import Phase
+from ttt_compiler.compat.processor import product_dtype
 
 # torch calls per chunk of the loop: apply, two norms with their checks, write, and slicing around them.
 _CALLS = 10
@@ -21,6 +22,13 @@ _CALLS = 10
 
 def recurrent(shape: ScanShape, device: Device) -> tuple[Phase, ...]:
     """The loop as it runs: an apply per chunk, a write after all but the last, every row on its own."""
+    wide = product_dtype(shape.dtype)
+    if wide != shape.dtype:
+        # h is widened to be applied and to be written, v to be written; y is narrowed.
+        rows, both = shape.batch * shape.tokens, shape.dtype.itemsize + wide.itemsize
+        moved = rows * (2 * shape.d_ff + 2 * shape.d_model) * both
+        again = recurrent(replace(shape, dtype=wide), device)
+        return (*again, Phase("widen", hbm=moved, launches=4 * shape.batch * shape.chunks))
     d, f, item, held = shape.d_model, shape.d_ff, shape.dtype.itemsize, shape.state_itemsize
     n, writes, matrix = shape.batch * shape.chunks, shape.batch * shape.writes, d * f
     # A state that stays in the core's own cache moves at the rate of the products, which holds it.

@@ -1,8 +1,9 @@
-"""Inductor lowerings of the chunk convolution: loops of Inductor's own code generators, on every device.
+"""Inductor lowerings of the chunk convolution: loops of Inductor's own code generators, or a call on CPU.
 
-``v = conv(t)`` becomes K masked loads that fuse with what surrounds them (the scale, a cast); the gradient of
-the taps is one reduction. A kernel of our own would read and write t and v once more. May be changed here:
-the loops. With positions a CPU graph calls the op's own kernel instead. Checked on torch 2.13.0.
+On GPUs ``v = conv(t)`` becomes K masked loads that fuse with what surrounds them (the scale, a cast); the
+gradient of the taps is one reduction. A kernel of our own would read and write t and v once more. On CPU it
+is an extern kernel with an ``out=`` buffer: generated loops with their masks took six times as long as
+:mod:`.cpu.native`. May be changed here: the loops. Checked on torch 2.13.0.
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ from typing import Any
 
 import sympy
 import torch
+from torch import Tensor
 from torch._inductor import ir
 from torch._inductor.lowering import clone, fallback_handler, permute, register_lowering
+from torch._inductor.select_algorithm import ExternKernelChoice
 from torch._inductor.virtualized import V, ops
 from torch.utils._sympy.functions import ModularIndexing
 
 from ttt_compiler.codegen import ops as ttt_ops  # noqa: F401  (the ops must exist)
+from ttt_compiler.codegen.cpu import conv as cpu_conv
 from ttt_compiler.codegen.target import memoised, uses_triton
 from ttt_compiler.spec import state_dtype
 
@@ -29,8 +33,8 @@ _places = fallback_handler(torch.ops.ttt.chunk_places.default, add_to_fallback_s
 
 @register_lowering(_conv_op, type_promotion_kind=None)
 def _lower_chunk_conv(t: Any, conv: Any, pos: Any, chunk: int) -> Any:
-    if pos is not None and not uses_triton(t):
-        return _conv_fallback(t, conv, pos, chunk)
+    if not uses_triton(t):
+        return _on_cpu(t, conv, pos, chunk)
     t.realize()
     # Taps beside each other per channel, once: read as [Dt, 1, K] they are a gather for every token.
     taps = ir.ExternKernel.require_contiguous(clone(permute(conv, [2, 1, 0])))
@@ -58,6 +62,24 @@ def _lower_chunk_conv(t: Any, conv: Any, pos: Any, chunk: int) -> Any:
     return ir.Pointwise.create(
         device=t.get_device(), dtype=t.get_dtype(), inner_fn=inner, ranges=[batch, length, width]
     )
+
+
+def chunk_conv_out(t: Tensor, conv: Tensor, *pos: Tensor, chunk: int, out: Tensor) -> Tensor:
+    """:func:`cpu_conv.chunk_conv` into ``out [B, T, Dt]``."""
+    return cpu_conv.chunk_conv(t, conv, pos[0] if pos else None, chunk, out=out)
+
+
+_conv_kernel = ExternKernelChoice(chunk_conv_out, name="ttt_chunk_conv")
+
+
+def _on_cpu(t: Any, conv: Any, pos: Any, chunk: int) -> Any:
+    if V.graph.cpp_wrapper:
+        # A graph without Python (AOTInductor) finds the op by its name.
+        return _conv_fallback(t, conv, pos, chunk)
+    t = ir.ExternKernel.require_contiguous(t)
+    inputs = [ir.ExternKernel.realize_input(x) for x in (t, conv, pos) if x is not None]
+    layout = ir.FixedLayout(t.get_device(), t.get_dtype(), t.get_size())
+    return _conv_kernel.bind(inputs, layout, chunk=chunk).output_node()
 
 
 @register_lowering(_dweight_op, type_promotion_kind=None)

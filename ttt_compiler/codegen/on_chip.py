@@ -13,13 +13,14 @@ ceil(F/BF) times. May be changed here: the count, together with the kernel.
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import dataclass
 
+import torch
+
 from ttt_compiler.codegen.devices import Device
 from ttt_compiler.codegen.forms import L2_SHARE, ScanShape
-from ttt_compiler.codegen.kernels.tiles import GRADIENT, SCAN, SHIPPED
+from ttt_compiler.codegen.kernels.tiles import SHIPPED, Tile, shipped
 from ttt_compiler.codegen.phases import Phase, stream
 
 # Registers of a thread besides its part of W and of the output tile: addresses, operand fragments, masks.
@@ -50,16 +51,22 @@ class ScanConfig:
     stages: int = 2
 
 
-def default_configs(device: Device) -> tuple[ScanConfig, ...]:
-    """The tiles that are shipped for a device's architecture, with every number of groups."""
-    if not device.overlaps:
-        return ()
-    by_use = SHIPPED[device.arch][2]
-    tiles = dict.fromkeys(t for use in (SCAN, GRADIENT) for t in by_use[use])
-    return tuple(
-        ScanConfig(t.tokens, t.outer, t.inner, t.warps, groups, t.stages)
-        for t, groups in itertools.product(tiles, range(1, 9))
-    )
+def config_of(tile: Tile, groups: int) -> ScanConfig:
+    """A tile with a number of programs that share the columns of W."""
+    return ScanConfig(tile.tokens, tile.outer, tile.inner, tile.warps, groups, tile.stages)
+
+
+def shipped_configs(arch: str, dtype: torch.dtype, use: str, inner: int) -> tuple[ScanConfig, ...]:
+    """The tiles that are shipped for a use, with every choice of groups; none for processors.
+
+    Args:
+        arch: of a GPU, or of a processor.
+        dtype: of the operands.
+        use: of the tiles.
+        inner: columns of W.
+    """
+    tiles = shipped(arch, dtype, use) if arch in SHIPPED else ()
+    return tuple(config_of(t, groups) for t in tiles for groups in t.group_choices(inner))
 
 
 def workspace_bytes(config: ScanConfig, shape: ScanShape) -> int:

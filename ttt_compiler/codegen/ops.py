@@ -15,7 +15,6 @@ no kernel toolchain.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import importlib.util
@@ -90,6 +89,8 @@ def _on_gpu(module: str, name: str) -> Callable[..., Any]:
     return call
 
 
+_step_on_gpu = _on_gpu("step", "fast_weight_step")
+
 KERNEL_OPS = (
     "chunk_conv",
     "chunk_conv_dweight",
@@ -129,13 +130,8 @@ def _fast_weight_step(
     batch: Tensor,
 ) -> Tensor:
     state = StateTensors(w, tail_h, tail_t, tail_v, lanes, rows, norms)
-    if h.device.type == "cpu":
-        step = cpu_step.fast_weight_step
-    else:
-        # Not at the top: it needs triton.
-        from ttt_compiler.codegen.gpu.step import fast_weight_step as step
-    with torch.cuda.device_of(h) if h.is_cuda else contextlib.nullcontext():
-        return step(h, t, w0, bias, conv, proj, pos, _decoded(spec), state, batch)
+    step = cpu_step.fast_weight_step if h.is_cpu else _step_on_gpu
+    return step(h, t, w0, bias, conv, proj, pos, _decoded(spec), state, batch)
 
 
 def _chunk_table(pos: Tensor, chunk: int) -> Tensor:

@@ -19,6 +19,9 @@ from ttt_compiler.spec import WriteRule
 OFFICIAL = WriteRule()
 # Rows of zeros stay zeros when keys are normalised.
 TINY = 1e-30
+# In units of rounding errors of ``||u||^2 ||k||^2``: below, the Gram form of ``||u^T k||^2`` is not trusted.
+# Rows without any relation have ``1 / C`` of it, 8000 such units in fp32 at C = 1024.
+CANCELLED = 1000
 
 
 def target(t: Tensor, conv: Tensor, proj: Tensor | None) -> Tensor:

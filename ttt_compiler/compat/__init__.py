@@ -230,13 +230,6 @@ def propagate_shapes(gm: fx.GraphModule, values: Sequence[Any]) -> None:
     FakeTensorProp(gm, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*values)
 
 
-def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x @ weight.T + bias`` by oneDNN. x ``[m, F]``, weight ``[D, F]``, both contiguous. Checked "
-    "on 2.13."""
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return out
-
-
 def uncompiled_call(module: nn.Module) -> Callable[..., Any]:
     """``module(...)`` with its hooks, but not through ``module.compile()``. Checked on 2.13."""
     call: Callable[..., Any] = module._call_impl
@@ -280,30 +273,6 @@ def inductor_compile(
     patches["post_grad_custom_pre_pass"] = [*theirs, _cache_key_tag(uuid)]
     compiled: Any = compile_fx(gm, list(inputs), config_patches=patches)
     return cast("Callable[..., Any]", compiled)
-
-
-def cpp_compiler() -> str | None:
-    """The C++ compiler that Inductor will call, None when it finds none.
-
-    Checked on 2.13: ``get_cpp_compiler`` reads ``CXX`` and raises ``InvalidCxxCompiler``.
-    """
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        found: str = get_cpp_compiler()
-    except InvalidCxxCompiler:
-        return None
-    return found
-
-
-def tf32_allowed() -> bool:
-    """Whether fp32 products may be TF32 on CUDA, whichever of torch's two settings said so.
-
-    Checked on 2.13: the new setting follows the legacy one, which cannot be read once the new one was set.
-    """
-    chosen: str = torch.backends.cuda.matmul.fp32_precision
-    return (getattr(torch.backends, "fp32_precision") if chosen == "none" else chosen) == "tf32"  # noqa: B009
 
 
 def mark_static(x: torch.Tensor) -> None:

@@ -20,8 +20,8 @@ from unittest import mock
 import torch
 from torch import fx
 
-from ttt_compiler.compat import cpp_compiler
 from ttt_compiler.compat.driver import stub_driver
+from ttt_compiler.compat.processor import cpp_compiler
 
 
 @functools.cache

@@ -63,7 +63,7 @@ def pipeline_uuid() -> str:
         digest.update(make().uuid().encode())
     package = Path(ttt_compiler.__file__).parent
     for room in _COMPILED_ROOMS:
-        for path in sorted((package / room).rglob("*.py")):
+        for path in sorted(p for p in (package / room).rglob("*") if p.suffix in (".py", ".cpp")):
             digest.update(path.read_bytes())
     for name in _COMPILED_FILES:
         digest.update((package / name).read_bytes())

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from ttt_compiler.compat import is_wrapper_tensor, meta_tensor
+from ttt_compiler.compat.processor import product_dtype
 from ttt_compiler.errors import GraphRewriteError
 from ttt_compiler.passes.base import BoundSite, GraphPass, PassState
 from ttt_compiler.passes.sequence_layout import SequenceLayout
@@ -94,12 +95,12 @@ def _fast_node(
             torch.ops.ttt.fast_weight_step.default,
             *(h, t, w0, bias, conv, proj, site.pos, spec.encode(), *site.state),
         )
-    v = b.call(torch.ops.ttt.chunk_conv.default, t, conv, site.pos, spec.chunk)
     rule = spec.rule
-    if proj is None:
-        v = b.call(operator.mul, v, spec.write_scale)
-    else:
-        v = b.call(torch.matmul, v, b.call(operator.mul, proj, spec.write_scale))
+    # eta belongs to the taps: there it costs K multiplications a channel.
+    taps = b.call(operator.mul, conv, spec.write_scale)
+    v = b.call(torch.ops.ttt.chunk_conv.default, t, taps, site.pos, spec.chunk)
+    if proj is not None:
+        v = b.product(v, proj)
     if rule.limited or rule.keys == "unit":
         limit = _limit(b, w0, rule)
         unit = rule.keys == "unit"
@@ -142,6 +143,14 @@ class _Builder:
 
     def method(self, name: str, *args: Any) -> fx.Node:
         return self.graph.call_method(name, args)
+
+    def product(self, x: fx.Node, y: fx.Node) -> fx.Node:
+        """``x @ y`` in the graph's dtype, made in fp32 on a processor without a unit for narrower ones."""
+        wide = product_dtype(self.dtype) if self.device.type == "cpu" else self.dtype
+        if wide == self.dtype:
+            return self.call(torch.matmul, x, y)
+        out = self.call(torch.matmul, *(self.method("to", z, wide) for z in (x, y)))
+        return self.method("to", out, self.dtype)
 
     def cast(self, node: fx.Node) -> fx.Node:
         value = meta_tensor(node)

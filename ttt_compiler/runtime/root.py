@@ -243,7 +243,8 @@ class Root:
     def _check(self, state: FastWeightState, batch: int) -> None:
         check_fits(state, self.specs, batch, self.like(self.specs[0]), self.owner())
         state.own()
-        state.follow(self.adapter())
+        if state.revocable:
+            state.follow(self.adapter())
         state.settle()
 
     @contextlib.contextmanager

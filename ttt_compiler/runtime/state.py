@@ -43,7 +43,7 @@ class FastWeightState:
         sites: per site key, its tensors: tables of at least B rows.
         batch: int64 ``[B]``, which row of the tables is sequence b.
         owner: identity of the slow weights it was written on (see :meth:`Root.owner`).
-        adapter: identity of the conv and P of its last call (see :meth:`follow`).
+        adapter: identity of the conv and P that chunks in waiting were made by (see :meth:`follow`).
         lost: why the state can no longer be used, after an error in the middle of a call; else None.
     """
 
@@ -159,7 +159,7 @@ class FastWeightState:
     def follow(self, adapter: object) -> None:
         """Before a call: chunks that wait get the v that its conv and P give, not other ones."""
         if self.adapter != adapter:
-            for site in self.sites.values() if self.revocable else ():
+            for site in self.sites.values():
                 site.rows[self.batch, CACHED] = 0
             self.adapter = adapter
 

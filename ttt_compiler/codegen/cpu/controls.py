@@ -12,13 +12,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ttt_compiler.codegen.reference import TINY
+from ttt_compiler.codegen.reference import CANCELLED, TINY
 from ttt_compiler.codegen.segments import documents, row_runs
 from ttt_compiler.spec import state_dtype
-
-# In units of rounding errors of ``||u||^2 ||k||^2``: below, the Gram form of ``||u^T k||^2`` is not trusted.
-# Rows without any relation have ``1 / C`` of it, 8000 such units in fp32 at C = 1024.
-_CANCELLED = 1000
 
 
 def limit_writes(
@@ -107,7 +103,7 @@ def _norm(u: Tensor, k: Tensor) -> Tensor:
         uu, kk = u @ u.t(), k @ k.t()
         largest = uu.trace() * kk.trace()
         square = uu.mul_(kk).sum()
-        if not bool(square < _CANCELLED * torch.finfo(u.dtype).eps * largest):
+        if not bool(square < CANCELLED * torch.finfo(u.dtype).eps * largest):
             return square.sqrt()
     norm: Tensor = torch.linalg.vector_norm(u.t() @ k)
     return norm

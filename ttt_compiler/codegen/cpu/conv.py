@@ -1,7 +1,8 @@
 """The chunk convolution on CPU: depthwise, centred, zero padded inside each chunk.
 
-May be changed here: how it is computed. Shift form: K fused multiply-adds over slices of one view; torch's
-own depthwise ``conv1d`` needs a transpose and measured 5-10 times slower at these shapes.
+May be changed here: how it is computed. By a loop in C++ (:mod:`.native`), else in shift form: K fused
+multiply-adds over slices of one view; torch's own depthwise ``conv1d`` needs a transpose and measured 5-10
+times slower at these shapes.
 """
 
 from __future__ import annotations
@@ -11,10 +12,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ttt_compiler.codegen.cpu.native.conv import convolve as by_loop
 from ttt_compiler.codegen.segments import documents, row_runs
 
 
-def chunk_conv(t: Tensor, conv: Tensor, pos: Tensor | None, chunk: int) -> Tensor:
+def chunk_conv(
+    t: Tensor, conv: Tensor, pos: Tensor | None, chunk: int, *, out: Tensor | None = None
+) -> Tensor:
     """``out[b, s] = sum_k conv[:, 0, k] * t[b, s + k - K//2]`` over taps inside s's chunk.
 
     Args:
@@ -22,9 +26,12 @@ def chunk_conv(t: Tensor, conv: Tensor, pos: Tensor | None, chunk: int) -> Tenso
         conv: ``[Dt, 1, K]``.
         pos: int64 ``[B or 1, T]`` or None; padding gives zeros.
         chunk: C.
+        out: contiguous ``[B, T, Dt]`` to fill; by default a new tensor.
     """
     t = t.contiguous()
-    out = torch.zeros_like(t) if pos is not None else torch.empty_like(t)
+    out = torch.empty_like(t) if out is None else out
+    if pos is not None:
+        out.zero_()
     taps = conv[:, 0].t()
     for src, dst in _chunk_views(pos, chunk, t, out):
         convolve(src, taps, dst)
@@ -43,6 +50,8 @@ def chunk_conv_dweight(dv: Tensor, t: Tensor, pos: Tensor | None, chunk: int, ke
 
 def convolve(src: Tensor, taps: Tensor, out: Tensor) -> None:
     """Whole chunks: src and out ``[..., m, Dt]`` with m <= C, taps ``[K, Dt]``."""
+    if by_loop(src, taps, out):
+        return
     kernel = taps.shape[0]
     torch.mul(src, taps[kernel // 2], out=out)
     for k, (to, frm) in enumerate(_overlaps(src.shape[-2], kernel)):

@@ -1,9 +1,10 @@
 """The chunk scan on CPU, forward and backward: one state in memory, two GEMMs per chunk.
 
 FLOPs in units of one static projection (2*T*D*F): forward 1 + (n-1)/n, where the last chunk of a document
-is applied and not written because nobody reads it; backward 5 (W recomputed in forward order, then one
-reverse scan). Memory: one fp32 ``[D, F]`` matrix forward, two backward, whatever the number of chunks.
-May be changed here: the algorithm; :mod:`ttt_compiler.codegen.reference` says what it must compute.
+is applied and not written because nobody reads it, and less where its last chunks read each other directly
+(:func:`tail_chunks`); backward 5 (W recomputed in forward order, then one reverse scan). Memory: one fp32
+``[D, F]`` matrix forward, two backward, whatever the number of chunks. May be changed here: the algorithm;
+:mod:`ttt_compiler.codegen.reference` says what it must compute.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ttt_compiler.codegen.cpu.gemm import FastMatrix, static_apply, workspace
+from ttt_compiler.codegen.cpu.gemm import FastMatrix, add_product, static_apply, workspace
 from ttt_compiler.codegen.segments import Run, documents, row_runs
 from ttt_compiler.errors import NonFiniteWriteError
 from ttt_compiler.spec import state_dtype
@@ -54,20 +55,40 @@ def chunk_scan(
     batch, length, _ = h.shape
     y = h.new_empty(batch, length, w0.shape[0]) if out is None else out
     w = _fast(w0, "scan.w", h.dtype, tuple(w0.shape))
+    tail = tail_chunks(chunk, *w0.shape) if decay == 1.0 else 1
     for b, runs in enumerate(row_runs(pos, batch, length)):
         for run in runs:
             if run.padding:
                 _base(h[b], w0, bias, y[b], run)
         for doc in documents(runs):
             w.reset()
+            last = doc.start + max(0, -(-(doc.stop - doc.start) // chunk) - tail) * chunk
+            unwritten: list[slice] = []
             for start in range(doc.start, doc.stop, chunk):
-                stop = min(start + chunk, doc.stop)
-                w.apply(h[b, start:stop], bias, y[b, start:stop])
-                if stop < doc.stop:
+                span = slice(start, min(start + chunk, doc.stop))
+                w.apply(h[b, span], bias, y[b, span])
+                for past in unwritten:
+                    add_product(h[b, span], h[b, past], v[b, past], y[b, span], "scan.tail")
+                if span.stop < doc.stop:
                     w.decay(decay)
-                    if writable(v[b, start:stop], h[b, start:stop], on_nonfinite, start // chunk):
-                        w.write(v[b, start:stop], h[b, start:stop])
+                    if not writable(v[b, span], h[b, span], on_nonfinite, start // chunk):
+                        continue
+                    if start < last:
+                        w.write(v[b, span], h[b, span])
+                    elif unwritten and unwritten[-1].stop == start:
+                        unwritten[-1] = slice(unwritten[-1].start, span.stop)
+                    else:
+                        unwritten.append(span)
     return y
+
+
+def tail_chunks(chunk: int, d_model: int, d_ff: int) -> int:
+    """How many last chunks of a document are cheapest without a write between them.
+
+    A write costs ``2 C D F``; a chunk that reads an unwritten one instead, ``2 C^2 (D + F)``. m chunks save
+    m - 1 writes for m (m - 1) / 2 such reads: most at ``m = DF / (C (D + F)) + 1/2``.
+    """
+    return max(1, round(d_model * d_ff / (chunk * (d_model + d_ff)) + 0.5 - 1e-9))
 
 
 def chunk_scan_backward(

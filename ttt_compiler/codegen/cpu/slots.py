@@ -60,7 +60,7 @@ class RowMatrix:
             self.dense().apply(h, bias, out)
             return
         if not base_done:
-            gemm.apply(h, self.w0, bias, out)
+            gemm.apply(h, self.w0, bias, out, "step.w")
         if self.me[FACTORED]:
             keys, values = self._factored()
             add_factored(h, keys, values, out)

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ttt_compiler.codegen.cpu.controls import limited
 from ttt_compiler.codegen.cpu.conv import convolve
-from ttt_compiler.codegen.cpu.gemm import static_apply, workspace
+from ttt_compiler.codegen.cpu.gemm import project, static_apply, workspace
+from ttt_compiler.codegen.cpu.native.decode import decode
 from ttt_compiler.codegen.cpu.slots import RowMatrix, add_factored
 from ttt_compiler.codegen.cpu.tail import RowTail, append_tokens
 from ttt_compiler.codegen.layout import (
@@ -70,20 +71,23 @@ def fast_weight_step(
         NonFiniteWriteError: a complete chunk holds NaN or Inf and is not skipped. Its write is not made.
     """
     length = h.shape[1]
+    read, complete = decode(h, t, w0, bias, pos, spec, state, batch) if length == 1 else (None, False)
+    if read is not None and complete:
+        return read
     call = _Call(h.contiguous(), t.contiguous(), w0, bias, conv, proj, spec, state, len(batch))
     members = batch.tolist()
     runs = _token_runs(pos, len(members)) if length == 1 else row_runs(pos, len(members), length)
     rows = [_Row(call, member) for member in members]
     untouched = all(row.reads_only_w0(r, length) for row, r in zip(rows, runs, strict=True))
-    y = h.new_empty(len(members), length, w0.shape[0])
+    y = h.new_empty(len(members), length, w0.shape[0]) if read is None else read
     base_done = untouched or (length == 1 and any(map(_Row.needs_base, rows, runs)))
-    if base_done:
+    if base_done and read is None:
         # One read of W0 for the whole batch, by the base model's own projection.
         static_apply(h, w0, bias, out=y)
     # Of one token most rows only read their matrix and keep it: they keep them by one copy.
     kept = [b for b, row in enumerate(rows) if length == 1 and row.only_keeps(runs[b][0])]
     if kept:
-        if not untouched:
+        if not untouched and read is None:
             hs, ys = call.h.unbind(0), y.unbind(0)
             for b in kept:
                 if not base_done or rows[b].counts[WRITES]:
@@ -136,12 +140,12 @@ class _Call:
     def values(self, t: Tensor) -> Tensor:
         """v of a complete chunk, in a workspace. t ``[C, Dt]``."""
         v = workspace("step.conv", tuple(t.shape), t.dtype)
-        convolve(t, self.conv[:, 0].t(), v)
-        scale = self.spec.write_scale
+        # eta belongs to the taps: there it costs K multiplications a channel.
+        convolve(t, self.conv[:, 0].t() * self.spec.write_scale, v)
         if self.proj is None:
-            return v.mul_(scale)
+            return v
         out = workspace("step.v", (t.shape[0], self.spec.d_model), t.dtype)
-        return torch.mm(v, self.proj * scale, out=out)
+        return project(v, self.proj, out, "step.proj")
 
 
 class _Row:
@@ -235,7 +239,7 @@ class _Row:
         place = self.tail.cached(index)
         if index >= self.counts[DONE] + self.counts[CACHED]:
             h, t = self.tail.read(index * self.chunk, self.chunk)
-            v, _, _ = self._prepared(h, t)
+            v = self._prepared(h, t)[0]
             # A row of NaN says that the chunk is skipped: v of one that is not, is finite.
             place.fill_(float("nan")) if v is None else place.copy_(v)
             self.counts[CACHED] = index + 1 - self.counts[DONE]
@@ -251,16 +255,18 @@ class _Row:
         while (counts[DONE] + 1) * chunk <= counts[SEEN] and self._is_due(end):
             self._write(*self.tail.read(counts[DONE] * chunk, chunk), end)
 
-    def _prepared(self, h: Tensor, t: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        """v of a chunk under the update controls (None: skipped), its h, and the write's exact norm."""
+    def _prepared(self, h: Tensor, t: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor]:
+        """Of a chunk: v under the update controls (None: skipped), h, the write's exact norm, its bound."""
         call, rule = self.call, self.call.spec.rule
         # Under autocast the tail is kept in the weights' dtype and multiplied in the operands'.
         h, t = h.to(call.h.dtype), t.to(call.t.dtype)
         v, norm = limited(call.values(t), h, call.limit(), rule.keys == "unit")
-        if _finite(v) and _finite(h):
-            return v, h, norm
+        # A finite norm proves that every entry is finite, in one pass; the product of two such in fp32 is.
+        of_v, of_h = _norm(v), _norm(h)
+        if bool(of_v.isfinite() & of_h.isfinite()):
+            return v, h, norm, of_v * of_h
         if rule.on_nonfinite == "skip":
-            return None, h, None
+            return None, h, None, of_v
         raise NonFiniteWriteError(
             f"{call.spec.key}: chunk {self.counts[DONE]} would write NaN or Inf into the fast weights. The "
             "write was not made, but this call is lost: restore the session from a snapshot or reset() it, "
@@ -272,21 +278,21 @@ class _Row:
         call, counts = self.call, self.counts
         rule = call.spec.rule
         if not call.still:
-            v, h, norm = self._prepared(h, t)
+            v, h, norm, bound = self._prepared(h, t)
             if v is None:
                 counts[SKIPPED] += 1
                 self.matrix.forget(rule.decay)
             else:
                 final = end // self.chunk * self.chunk
                 self.matrix.write(v, h, rule.decay, factored=final <= call.factored_limit)
-                self._record(v, h, norm)
+                self._record(norm, bound)
         counts[DONE] += 1
         counts[CACHED] = max(0, counts[CACHED] - 1)
 
-    def _record(self, v: Tensor, h: Tensor, norm: Tensor | None) -> None:
+    def _record(self, norm: Tensor | None, bound: Tensor) -> None:
         """Note the write's norm: exact under a limit, else the bound ``||v|| ||h||``."""
         if norm is None:
-            written = _norm(v) * _norm(h)
+            written = bound
         else:
             limit = self.call.limit()
             assert limit is not None
@@ -314,8 +320,3 @@ def _token_runs(pos: Tensor | None, batch: int) -> list[list[Run]]:
 def _norm(x: Tensor) -> Tensor:
     norm: Tensor = torch.linalg.vector_norm(x, dtype=state_dtype(x.dtype))
     return norm
-
-
-def _finite(x: Tensor) -> bool:
-    # A finite norm proves that every entry is finite, in one pass; the product of two such in fp32 is.
-    return bool(_norm(x).isfinite())

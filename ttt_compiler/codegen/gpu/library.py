@@ -40,9 +40,7 @@ def chunk_scan_library(
                 y[here].addmm_(keys[here] @ keys[:later].t(), values[:later])
             if start + span >= length:
                 break
-            if decay != 1.0:
-                state.sub_(w0).mul_(decay).add_(w0)
-            _accumulate(state, values.t(), keys)
+            _write(state, w0, decay, values, keys)
             read = state.to(h.dtype)
     return out
 
@@ -63,9 +61,7 @@ def chunk_scan_backward_library(
         for span in spans:
             torch.mm(dy[row, span], read, out=dh[row, span])
             if span is not spans[-1]:
-                if decay != 1.0:
-                    state.sub_(w0).mul_(decay).add_(w0)
-                _accumulate(state, v[row, span].t(), h[row, span])
+                _write(state, w0, decay, v[row, span], h[row, span])
                 read = state.to(h.dtype)
         state.zero_()
         for span in reversed(spans):
@@ -78,6 +74,13 @@ def chunk_scan_backward_library(
     if decay != 1.0:
         _accumulate(total, dy.flatten(0, 1).t(), h.flatten(0, 1))
     return dh, dv, total.to(w0.dtype)
+
+
+def _write(state: Tensor, w0: Tensor, decay: float, v: Tensor, h: Tensor) -> None:
+    """``state = w0 + decay (state - w0) + v^T h``."""
+    if decay != 1.0:
+        state.sub_(w0).mul_(decay).add_(w0)
+    _accumulate(state, v.t(), h)
 
 
 def _accumulate(state: Tensor, a: Tensor, b: Tensor) -> None:

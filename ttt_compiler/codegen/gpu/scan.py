@@ -14,7 +14,7 @@ from ttt_compiler.codegen.gpu.library import chunk_scan_backward_library
 from ttt_compiler.codegen.kernels.chunk_scan import Carried, chunk_scan_partial
 from ttt_compiler.codegen.kernels.chunk_table import chunk_table, require_whole_documents, skip_nonfinite
 from ttt_compiler.codegen.kernels.tiles import DECAY, GRADIENT, SCAN, Tile
-from ttt_compiler.compat import tf32_allowed
+from ttt_compiler.compat.processor import tf32_allowed
 
 
 def chunk_scan(

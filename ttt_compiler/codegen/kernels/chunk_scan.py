@@ -289,9 +289,7 @@ def chunk_scan_partial(
     batch, length, inner = q.shape
     outer = v.shape[-1]
     partial = torch.empty(groups, batch, length, outer, dtype=torch.float32, device=q.device)
-    if partial.numel() == 0:
-        if final is not None:
-            _leave_as_begun(base, init, final)
+    if partial.numel() == 0 and (final is None or batch == 0):
         return partial
     arguments: dict[str, Any] = scan_constants(
         chunk, tile, inner, groups, decay=decay, reverse=reverse, shared=k is q, precision=precision
@@ -366,17 +364,6 @@ def scan_constants(
         "BI": tile.inner,
         "PRECISION": precision,
     }
-
-
-def _leave_as_begun(base: Tensor | None, init: Carried | None, final: Carried) -> None:
-    """Where there is no token, rows leave what they started from."""
-    if init is not None:
-        begun = init.states[init.slots.long()]
-    elif base is not None:
-        begun = base.expand(len(final.slots), *base.shape)
-    else:
-        begun = torch.zeros(len(final.slots), *final.states.shape[1:], device=final.states.device)
-    final.states[final.slots.long()] = begun.to(final.states.dtype)
 
 
 def naive_chunk_scan(

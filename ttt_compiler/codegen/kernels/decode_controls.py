@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ttt_compiler.codegen.kernels.decode_items import chunk_of, entries
-from ttt_compiler.codegen.kernels.exact_norm import exact_norm, gram_square
+from ttt_compiler.codegen.kernels.exact_norm import exact_norm, summed, sums_of_squares
 from ttt_compiler.codegen.layout import StateTensors
 from ttt_compiler.spec import SiteSpec
 
@@ -147,20 +147,13 @@ def control_kernel(
     if not active:
         return
     row = squares + i_n.to(tl.int64) * 2 * CHUNK
-    c = tl.arange(0, CP)
-    of_v = tl.load(row + c, mask=c < CHUNK, other=0.0)
-    of_h = tl.load(row + CHUNK + c, mask=c < CHUNK, other=0.0)
-    if UNIT:
-        of_v = of_v / tl.where(tl.sqrt(of_h) > TINY, of_h, 1.0)
-    sum_v = tl.sum(of_v, 0)
-    sum_h = tl.sum(of_h, 0)
+    sum_v, sum_h = sums_of_squares(row, UNIT, TINY, CHUNK, CP)
     finite = (sum_v < float("inf")) & (sum_h < float("inf"))
     norm = tl.sqrt(sum_v) * tl.sqrt(sum_h)
     clipped = norm < 0.0
     factor = tl.where(clipped, norm, 1.0)
     if LIMITED:
-        shares = gram + i_n.to(tl.int64) * TILES * TILES
-        square, _ = gram_square(row, shares, UNIT, TINY, CHUNK, TILES * TILES, CP, GP)
+        square = summed(gram + i_n.to(tl.int64) * TILES * TILES, TILES * TILES, GP)
         i = tl.arange(0, SP)
         shares = tl.load(exact + i_n.to(tl.int64) * SHARES + i, mask=i < SHARES, other=0.0)
         if tl.min(shares, 0) >= 0.0:
@@ -168,9 +161,7 @@ def control_kernel(
         norm = tl.sqrt(square)
         limit = tl.cast(MAX_NORM, tl.float32)
         if RELATIVE:
-            i = tl.arange(0, SP)
-            of_base = tl.load(base_squares + i, mask=i < SHARES, other=0.0)
-            limit = tl.minimum(limit, MAX_RATIO * tl.sqrt(tl.sum(of_base, 0)))
+            limit = tl.minimum(limit, MAX_RATIO * tl.sqrt(summed(base_squares, SHARES, SP)))
         clipped = norm > limit
         factor = tl.where(clipped, limit / norm, 1.0)
         norm = tl.minimum(norm, limit)

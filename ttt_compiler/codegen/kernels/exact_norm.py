@@ -14,31 +14,27 @@ from torch import Tensor
 
 from ttt_compiler.codegen.kernels.decode_items import chunk_of, entries
 from ttt_compiler.codegen.layout import StateTensors
+from ttt_compiler.codegen.reference import CANCELLED
 
-# As in :mod:`ttt_compiler.codegen.cpu.controls`, in fp32: 1000 rounding errors.
-_DOUBT: tl.constexpr = tl.constexpr(1000 * 2.0**-23)
+_DOUBT: tl.constexpr = tl.constexpr(CANCELLED * torch.finfo(torch.float32).eps)
 
 
 @triton.jit
-def gram_square(
-    row,
-    shares,
-    UNIT: tl.constexpr,
-    TINY: tl.constexpr,
-    CHUNK: tl.constexpr,
-    SHARES: tl.constexpr,
-    CP: tl.constexpr,
-    GP: tl.constexpr,
-):
-    """``||u^T k||^2`` of a chunk by its Gram matrices, and whether its rows cancelled too much for that."""
+def sums_of_squares(row, UNIT: tl.constexpr, TINY: tl.constexpr, CHUNK: tl.constexpr, CP: tl.constexpr):
+    """``||u||^2`` and ``||k||^2`` of a chunk, from the squared norms of its rows of v and h."""
     c = tl.arange(0, CP)
     of_v = tl.load(row + c, mask=c < CHUNK, other=0.0)
     of_h = tl.load(row + CHUNK + c, mask=c < CHUNK, other=0.0)
     if UNIT:
         of_v = of_v / tl.where(tl.sqrt(of_h) > TINY, of_h, 1.0)
-    i = tl.arange(0, GP)
-    square = tl.sum(tl.load(shares + i, mask=i < SHARES, other=0.0), 0)
-    return square, square < _DOUBT * tl.sum(of_v, 0) * tl.sum(of_h, 0)
+    return tl.sum(of_v, 0), tl.sum(of_h, 0)
+
+
+@triton.jit
+def summed(shares, SHARES: tl.constexpr, BLOCK: tl.constexpr):
+    """What several programs have left, added up."""
+    i = tl.arange(0, BLOCK)
+    return tl.sum(tl.load(shares + i, mask=i < SHARES, other=0.0), 0)
 
 
 @triton.jit
@@ -72,8 +68,9 @@ def exact_norm_kernel(
     if not active:
         return
     row = squares + i_n.to(tl.int64) * 2 * CHUNK
-    _, doubt = gram_square(row, gram + i_n.to(tl.int64) * SHARES, UNIT, TINY, CHUNK, SHARES, CP, GP)
-    if not doubt:
+    sum_v, sum_h = sums_of_squares(row, UNIT, TINY, CHUNK, CP)
+    square = summed(gram + i_n.to(tl.int64) * SHARES, SHARES, GP)
+    if not square < _DOUBT * sum_v * sum_h:
         # Who reads the shares learns it from here: two kernels may round a borderline case differently.
         tl.store(exact + i_n.to(tl.int64) * PROGRAMS + tl.program_id(0), -1.0)
         return

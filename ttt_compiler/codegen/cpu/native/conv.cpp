@@ -1,0 +1,58 @@
+// The convolution along a chunk; see conv.py.
+namespace {
+
+// out[d] = sum_n taps[n][d] * x[n][d]. N is known to the compiler, so that the sum stays in registers.
+template <int N, typename T, typename A>
+void row(T* __restrict out, const A* const* taps, const T* const* x, int64_t width) {
+#pragma omp simd
+  for (int64_t d = 0; d < width; ++d) {
+    A sum = 0;
+    for (int n = 0; n < N; ++n) sum += taps[n][d] * widen(x[n][d]);
+    narrow(out[d], sum);
+  }
+}
+
+template <int N, typename T, typename A>
+void some(int count, T* out, const A* const* taps, const T* const* x, int64_t width) {
+  if constexpr (N > 0) {
+    if (count == N)
+      row<N>(out, taps, x, width);
+    else
+      some<N - 1>(count, out, taps, x, width);
+  }
+}
+
+// out[c, i, d] = sum_k taps[k, d] * src[c, i + k - K/2, d] over rows of the same chunk; K <= kTaps.
+constexpr int kTaps = 9;
+
+template <typename T, typename A>
+void conv(const T* src, const A* taps, T* out, int64_t chunks, int64_t rows, int64_t width, int64_t kernel,
+          int threads) {
+  const int64_t half = kernel / 2;
+#pragma omp parallel for num_threads(threads)
+  for (int64_t i = 0; i < chunks * rows; ++i) {
+    const int64_t r = i % rows;
+    const A* w[kTaps];
+    const T* x[kTaps];
+    int count = 0;
+    for (int64_t k = 0; k < kernel; ++k) {
+      if (r + k - half < 0 || r + k - half >= rows) continue;
+      w[count] = taps + k * width;
+      x[count++] = src + (i + k - half) * width;
+    }
+    some<kTaps>(count, out + i * width, w, x, width);
+  }
+}
+
+}  // namespace
+
+#define TTT_CONV(NAME, T, A)                                                                             \
+  extern "C" void conv_##NAME(const T* src, const A* taps, T* out, int64_t chunks, int64_t rows,         \
+                              int64_t width, int64_t kernel, int threads) {                              \
+    conv<T, A>(src, taps, out, chunks, rows, width, kernel, threads);                                    \
+  }
+
+TTT_CONV(float32, float, float)
+TTT_CONV(float64, double, double)
+TTT_CONV(bfloat16, bf16, float)
+TTT_CONV(float16, _Float16, float)
