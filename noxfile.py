@@ -5,7 +5,7 @@ from __future__ import annotations
 import nox
 
 nox.options.default_venv_backend = "none"
-nox.options.sessions = ["lint", "types", "tests"]
+nox.options.sessions = ["lint", "types", "tests", "bench"]
 
 
 @nox.session
@@ -25,6 +25,12 @@ def types(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """The whole suite, slow tests included."""
     session.run("python", "-m", "pytest", "-n", "2", "--dist", "loadfile", *session.posargs)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """The benchmarks, tiny: are they right, and does memory stay what it should be; no time is looked at."""
+    session.run("python", "-m", "pytest", "bench/suite", "--ci", "-q", "-r", "f", *session.posargs)
 
 
 @nox.session

@@ -228,7 +228,7 @@ def test_command_on_this_processor():
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ((), "bench --plan"),
+        (("--model", "Qwen3-4B"), "type --plan"),
         (("--plan", "--device", "tpu"), "Known: A100"),
         (("--plan", "--model", "Qwen3-4B", "--device", "H100", "--json", "/nowhere/x"), "cannot be written"),
     ],

@@ -39,6 +39,10 @@ _LAYERS = "all, every:K, every:K+OFFSET, block indices (0,6,12), or glob pattern
 _MODEL = "smollm2 (the packaged SmolLM2-135M), a folder, a .gguf file, or a name on the hub."
 _PLANNED = "A folder with a config.json, a .gguf file, smollm2, or a known name such as Qwen3-4B."
 
+# Options of ``bench`` that only predictions read, and only measurements.
+_PREDICTED = ("model", "device", "layers", "chunk_size")
+_MEASURED = ("quick", "threads", "rounds", "only", "plots", "tuned_allocator")
+
 LayersOption = Annotated[str, typer.Option(help=_LAYERS)]
 ChunkOption = Annotated[int, typer.Option(help="Tokens per write.")]
 RateOption = Annotated[float, typer.Option(help="eta in W += eta * v^T h.")]
@@ -120,27 +124,52 @@ def memory(
 
 @app.command()
 def bench(
-    plan: Annotated[
-        bool, typer.Option("--plan", help="Predict from shapes; nothing runs. The only mode so far.")
-    ] = False,
+    context: typer.Context,
+    plan: Annotated[bool, typer.Option("--plan", help="Predict from shapes; nothing runs.")] = False,
     model: Annotated[
-        list[str] | None, typer.Option(help=f"{_PLANNED} May be repeated. Default: the published ones.")
+        list[str] | None,
+        typer.Option(help=f"Of a plan. {_PLANNED} May be repeated. Default: the published ones."),
     ] = None,
     device: Annotated[
         list[str] | None,
         typer.Option(
-            help="A100, H100, H200, B200, MI300X, H800, or cpu. May be repeated. Default: all GPUs."
+            help="Of a plan. A100, H100, H200, B200, MI300X, H800, cpu. May be repeated. Default: all GPUs."
         ),
     ] = None,
     layers: LayersOption = "every:6",
     chunk_size: ChunkOption = 1024,
+    quick: Annotated[bool, typer.Option("--quick", help="Few sizes, few rounds: some minutes.")] = False,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 1,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds of every comparison.")] = None,
+    only: Annotated[str | None, typer.Option(help="By name: 'prefill and float32'.")] = None,
+    plots: Annotated[Path | None, typer.Option(help="Folder for pictures (SVG).")] = None,
+    tuned_allocator: Annotated[
+        bool, typer.Option("--tuned-allocator", help="Let malloc keep large blocks (glibc).")
+    ] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the numbers here.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the page here instead of printing it.")] = None,
 ) -> None:
-    """Predict what fast weights cost in prefill, decode and training, per model, length and device."""
+    """Measure fast weights on this machine (from a source checkout), or predict what they cost (--plan)."""
     with _friendly():
+        _refuse(context, _MEASURED if plan else _PREDICTED, "leave out" if plan else "type")
         if not plan:
-            raise TTTError("type: ttt-compiler bench --plan. Measurements are scripts: python -m bench.NAME")
+            _require("pytest", "pytest_benchmark", "transformers", "matplotlib", extra="bench")
+            from ttt_compiler.suite import SuiteOptions, run_suite
+
+            options = SuiteOptions(
+                quick=quick,
+                threads=threads,
+                rounds=rounds,
+                only=only,
+                json=json_file,
+                markdown=markdown,
+                plots=plots,
+                tuned_allocator=tuned_allocator,
+            )
+            run_suite(options, say=lambda text: typer.echo(text, nl=False))
+            for path in filter(None, (json_file, markdown)):
+                typer.echo(f"written: {path}", err=True)
+            return
         _require("transformers")
         from ttt_compiler.architectures.presets import PRESETS
         from ttt_compiler.codegen.devices import DEVICES, device_named
@@ -311,6 +340,14 @@ def _friendly() -> Iterator[None]:
         if rest:
             typer.echo(rest, err=True)
         raise typer.Exit(2) from e
+
+
+def _refuse(context: typer.Context, names: tuple[str, ...], verb: str) -> None:
+    """Options that would be ignored, by what has to be done about --plan."""
+    typed = [n for n in names if getattr(context.get_parameter_source(n), "name", "") == "COMMANDLINE"]
+    if typed:
+        options = ", ".join("--" + name.replace("_", "-") for name in typed)
+        raise TTTError(f"{options}: nothing reads this here, {verb} --plan")
 
 
 def _write(path: Path, text: str) -> None:

@@ -1,0 +1,189 @@
+"""What computes a fast-weight layer: ours, the official algorithm in its published forms, the static layer.
+
+The official forms are written from their description. May be changed here: competitors, if they compute the
+same function; :meth:`bench.layer.Layer.gate` says whether they do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+import ttt_compiler.codegen.lowering  # noqa: F401
+from bench.layer import LR, Layer
+from ttt_compiler.codegen import ops  # noqa: F401
+from ttt_compiler.compat.processor import onednn_linear, product_dtype
+from ttt_compiler.runtime.state import FastWeightState
+from ttt_compiler.spec import SiteSpec
+
+Run = Callable[[], Tensor]
+# Dynamo does not trace what asks the processor.
+_PRODUCTS = {d: product_dtype(d) for d in (torch.float32, torch.bfloat16)}
+
+
+def stacked(h: Tensor, t: Tensor, w0: Tensor, conv: Tensor, proj: Tensor, lr: float, chunk: int) -> Tensor:
+    """The official training form: every chunk's weight in memory at once, by a cumulative sum.
+
+    Tokens are padded to a multiple of C; the last chunk's write is left out.
+    """
+    batch, length, width = h.shape
+    short = -length % chunk
+    h, t = (functional.pad(x, (0, 0, 0, short)) for x in (h, t))
+    n = (length + short) // chunk
+    hc = h.view(batch, n, chunk, width)
+    tc = t.view(batch * n, chunk, -1).transpose(1, 2)
+    tc = functional.conv1d(tc, conv, padding=conv.shape[-1] // 2, groups=t.shape[-1]).transpose(1, 2)
+    v = tc.reshape(batch, n, chunk, -1)[:, :-1] @ proj
+    delta = lr * torch.einsum("bncd,bncf->bndf", v, hc[:, :-1])
+    weights = torch.cat([w0.expand(batch, 1, *w0.shape), delta], 1).cumsum(1)
+    return torch.einsum("bncf,bndf->bncd", hc, weights).reshape(batch, length + short, -1)[:, :length]
+
+
+def loop(
+    h: Tensor, t: Tensor, w0: Tensor, conv: Tensor, proj: Tensor, lr: float, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """The official inference loop of one sequence: its output, and the weight that comes after."""
+    w, out = w0.clone(), []
+    for start in range(0, h.shape[1], chunk):
+        part, keys = t[:, start : start + chunk], h[:, start : start + chunk]
+        out.append(keys @ w.t())
+        if keys.shape[1] == chunk:
+            width = part.shape[-1]
+            taps = functional.conv1d(part.transpose(1, 2), conv, padding=conv.shape[-1] // 2, groups=width)
+            w = w + lr * (taps.transpose(1, 2)[0] @ proj).t() @ keys[0]
+    return torch.cat(out, 1), w
+
+
+def rewritten(h: Tensor, t: Tensor, w0: Tensor, conv: Tensor, proj: Tensor, lr: float, chunk: int) -> Tensor:
+    """What the rewrite pass makes of a layer without a state."""
+    wide = _PRODUCTS[t.dtype]
+    v = torch.ops.ttt.chunk_conv(t, conv * lr, None, chunk).to(wide) @ proj.to(wide)
+    return torch.ops.ttt.chunk_scan(h, v.to(t.dtype), w0, None, None, chunk)
+
+
+def compiled(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """By Inductor, for static shapes."""
+    return torch.compile(fn, dynamic=False, fullgraph=True)
+
+
+def static(layer: Layer) -> Run:
+    """The projection that a layer without fast weights has."""
+    return lambda: functional.linear(layer.h, layer.w0)
+
+
+def libraries(layer: Layer) -> dict[str, Run]:
+    """The static projection by each GEMM library: the faster one is the peak of this machine."""
+    shape = layer.shape
+    flat = layer.h.view(-1, shape.f)
+    out = torch.empty(len(flat), shape.d, dtype=layer.dtype)
+    found: dict[str, Run] = {"torch.mm": lambda: torch.mm(flat, layer.w0.t(), out=out)}
+    if torch.backends.mkldnn.is_available() and layer.dtype == torch.float32:
+        found["oneDNN"] = lambda: onednn_linear(flat, layer.w0, None)
+    return found
+
+
+def products(layer: Layer, *, state: bool) -> dict[str, Run]:
+    """The recurrent form's products and nothing else: one thread's limit for shapes of C rows.
+
+    In fp32, widened beforehand, where the processor has no unit for the dtype; into buffers that exist.
+    ``state``: whether the last complete chunk is written too.
+    """
+    s, wide = layer.shape, _PRODUCTS[layer.dtype]
+    h, t, w0, proj = (x.to(wide) for x in (layer.h, layer.t, layer.w0, layer.proj))
+    w, y, v = (
+        w0.clone(),
+        torch.empty(s.batch, s.tokens, s.d, dtype=wide),
+        torch.empty(s.chunk, s.d, dtype=wide),
+    )
+    written = s.written(state=state)
+
+    def run() -> Tensor:
+        for b in range(s.batch):
+            for i, start in enumerate(range(0, s.tokens, s.chunk)):
+                rows = slice(start, start + s.chunk)
+                torch.mm(h[b, rows], w.t(), out=y[b, rows])
+                if i < written:
+                    torch.mm(t[b, rows], proj, out=v)
+                    # Small, since nothing sets w back between rounds.
+                    w.addmm_(v.t(), h[b, rows], alpha=1e-6)
+        return y
+
+    return {"products alone": run}
+
+
+def forward(layer: Layer) -> dict[str, Run]:
+    """Without a state: what training and scoring run forward."""
+    args = (layer.h, layer.t, layer.w0, layer.conv, layer.proj, LR, layer.shape.chunk)
+    ours, all_at_once = compiled(rewritten), compiled(stacked)
+    return {
+        "ours": lambda: ours(*args),
+        "official training form": lambda: stacked(*args),
+        "official training form, compiled": lambda: all_at_once(*args),
+    }
+
+
+def prefill(layer: Layer) -> dict[str, Run]:
+    """With the state that comes after: what serving runs on a prompt."""
+    args = (layer.h, layer.t, layer.w0, layer.conv, layer.proj, LR, layer.shape.chunk)
+    by_chunk = compiled(loop)
+    return {
+        "ours": running(layer),
+        "official inference loop": _by_row(loop, args),
+        "official inference loop, compiled": _by_row(by_chunk, args),
+    }
+
+
+def running(layer: Layer) -> Run:
+    """The op of a running sequence, from a fresh state each time."""
+    s = layer.shape
+    spec = SiteSpec("w", s.d, s.f, s.d, s.chunk, LR, "hidden_states", True, 5, "m")
+    state = FastWeightState.zeros([spec], s.batch, layer.dtype, torch.device("cpu"))
+    site, constants = state.sites["w"], spec.encode()
+    fresh = site.rows.clone()
+
+    def run() -> Tensor:
+        site.rows.copy_(fresh)
+        return torch.ops.ttt.fast_weight_step(
+            *(layer.h, layer.t, layer.w0, None, layer.conv, layer.proj, None, constants, *site, state.batch)
+        )
+
+    return run
+
+
+def training(layer: Layer) -> dict[str, Callable[[], object]]:
+    """Forward and backward, gradients of all operands."""
+    ours = compiled(rewritten)
+
+    def saved(*args: Tensor) -> Tensor:
+        return checkpoint(stacked, *args, use_reentrant=False)
+
+    def linear(h: Tensor, t: Tensor, w0: Tensor, *_: object) -> Tensor:
+        return functional.linear(h, w0)
+
+    return {
+        "static": lambda: gradients(linear, layer),
+        "ours": lambda: gradients(ours, layer),
+        "official training form": lambda: gradients(stacked, layer),
+        "official training form, checkpointed": lambda: gradients(saved, layer),
+    }
+
+
+def gradients(fn: Callable[..., Tensor], layer: Layer) -> list[Tensor | None]:
+    """Of the sum of ``fn``'s output times a fixed one, for h, t, w0, conv and proj."""
+    given = (layer.h, layer.t, layer.w0, layer.conv, layer.proj)
+    tensors = [x.detach().requires_grad_() for x in given]
+    y = fn(*tensors, LR, layer.shape.chunk)
+    y.backward(layer.t)
+    return [x.grad for x in tensors]
+
+
+def _by_row(fn: Callable[..., Tensor], args: tuple) -> Run:
+    h, t, *rest = args
+    if len(h) == 1:
+        return lambda: fn(*args)[0]
+    rows = [(h[b : b + 1], t[b : b + 1]) for b in range(len(h))]
+    return lambda: torch.cat([fn(*row, *rest)[0] for row in rows])

@@ -1,0 +1,228 @@
+"""What a run of the suite found, as a page: ``python -m bench.report FILE... [--markdown FILE]``.
+
+Per case and competitor: milliseconds, the ratio to the case's base and ours to it with quartiles over rounds,
+the rate of FLOPs against the largest that a plain product reached there, and the ratio to the floor. What a
+file lacks is listed, never guessed. May be changed here: columns and wording.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench.results import AT, OURS, STATIC, Case, load, peaks, series
+from ttt_compiler.errors import TTTError
+
+LEGEND = (
+    "Base: the first competitor of a case. In brackets: quartiles over rounds, of ratios within a round.",
+    "GFLOP/s counts the FLOPs that the algorithm needs, whoever computes them.",
+    "Peak: the largest rate of a static product of that dtype in these files, on that machine.",
+    "Floor: the algorithm's FLOPs at the rate of the same case's static product, by the fastest library;",
+    "  of a decode step, a product that reads the same bytes.",
+    "Beyond the peak and below the floor: 16-bit operands that are multiplied in fp32, where that is faster.",
+)
+# Fields without which a table of that kind has holes.
+_NEEDED = {
+    "growth": ("times", "variable", "values", "fit", "bytes", "fit_bytes"),
+    "border": ("steps",),
+    **dict.fromkeys(("forward", "prefill", "training"), ("times", "flops", "static_flops", "ours_over")),
+}
+_HEAD = ("case", "competitor", "ms", "/ base", "ours / it", "GFLOP/s", "of peak", "/ floor")
+
+
+@dataclass
+class Block:
+    """A heading, sentences, and a table, any of which may be empty."""
+
+    title: str
+    lines: list[str] = field(default_factory=list)
+    head: Sequence[str] = ()
+    rows: list[Sequence[str]] = field(default_factory=list)
+
+
+def report(cases: Sequence[Case]) -> list[Block]:
+    """One part per environment; in it its kinds of cases, and what is missing."""
+    blocks, rates = [], peaks(cases)
+    for environment in _distinct(c.environment for c in cases):
+        here = [c for c in cases if c.environment == environment]
+        said = [f"{name}: {_value(value)}" for name, value in environment.items()]
+        blocks.append(Block("Environment", said or ["not recorded"]))
+        for kind in _distinct(c.kind for c in here):
+            alike = [c for c in here if c.kind == kind]
+            if kind == "growth":
+                blocks += itertools.chain.from_iterable(map(_growth, alike))
+            elif kind == "border":
+                blocks.append(_border(alike))
+            else:
+                rows = [row for c in alike for row in _rows(c, rates.get(c.machine))]
+                blocks.append(Block(kind.capitalize(), head=_HEAD, rows=rows))
+        lacking = [
+            f"{c.name}: {', '.join(names)}"
+            for c in here
+            if (names := c.lacks("kind", "shape", *_NEEDED.get(c.kind, ("times",))))
+        ]
+        if lacking:
+            blocks.append(Block("Missing in the file", lacking))
+    return [*blocks, Block("How to read this", list(LEGEND))]
+
+
+def _rows(case: Case, peak: float | None) -> list[Sequence[str]]:
+    floor, found = case.floor(), []
+    for name, taken in case.times.items():
+        seconds, static = taken.get("seconds"), name in STATIC
+        flops = case.info.get("static_flops" if static else "flops")
+        rate = flops / seconds if flops and seconds else None
+        found.append(
+            (
+                case.label,
+                name,
+                _number(seconds, 1e3),
+                _ratio(taken),
+                _ratio((case.info.get("ours_over") or {}).get(name)),
+                _number(rate, 1e-9),
+                f"{rate / peak:.0%}" if rate and peak else "-",
+                f"{seconds / floor:.2f}" if seconds and floor and not static else "-",
+            )
+        )
+    return found or [(case.label, case.name, *["-"] * (len(_HEAD) - 2))]
+
+
+def _growth(case: Case) -> list[Block]:
+    """Cost, ours against the others, and memory: a row per value of the variable, a column per competitor."""
+    variable, values = str(case.info.get("variable", "?")), case.info.get("values") or []
+    cost, memory = series(case), case.info.get("bytes") or {}
+    over = {n: [(case.info.get("ours_over") or {}).get(f"{n}{AT}{x}") for x in values] for n in cost}
+    tables = {
+        "ms": ({n: [_number(s, 1e3) for s in taken] for n, taken in cost.items()}, "fit"),
+        "ratio to the base": (
+            {n: [_ratio(case.times[f"{n}{AT}{x}"]) for x in values] for n in cost if n != STATIC[0]},
+            None,
+        ),
+        "ours / it": ({n: list(map(_ratio, taken)) for n, taken in over.items() if any(taken)}, None),
+        "MiB beside the operands": (
+            {n: [_number(m, 2**-20) for m in taken] for n, taken in memory.items()},
+            "fit_bytes",
+        ),
+    }
+    blocks = []
+    for title, (columns, fits) in tables.items():
+        if columns:
+            rows: list[Sequence[str]] = [
+                (str(x), *row) for x, *row in zip(values, *columns.values(), strict=False)
+            ]
+            if fits:
+                rows.append(("fit", *(fit(case, fits, n) for n in columns)))
+            title = f"Growth with {variable}, {case.label}: {title}"
+            blocks.append(Block(title, head=(variable, *columns), rows=rows))
+    return blocks or [Block(f"Growth with {variable}, {case.label}", ["no figures"])]
+
+
+def fit(case: Case, field: str, name: str) -> str:
+    """A fitted line in words, of ``fit`` or ``fit_bytes``: an exponent, or what one more costs."""
+    found = (case.info.get(field) or {}).get(name, {})
+    if "exponent" in found:
+        line = f"{case.info.get('variable', '?')}^{found['exponent']:.2f}"
+    elif "slope" in found:
+        line = f"{found['slope'] * 1e3:.3g} ms" if field == "fit" else f"{found['slope'] * 2**-20:.3g} MiB"
+        line += " each"
+    else:
+        return "no fit"
+    return f"{line}, R² {found['r2']:.3f}" if "r2" in found else line
+
+
+def steps(case: Case) -> dict[str, list[float]]:
+    """Of a decode across a chunk's border: per competitor the seconds of each step, ours if none is named."""
+    found = case.info.get("steps") or {}
+    return {n: taken for n, taken in (found if isinstance(found, dict) else {OURS: found}).items() if taken}
+
+
+def _border(cases: Sequence[Case]) -> Block:
+    rows: list[Sequence[str]] = []
+    for case in cases:
+        for name, taken in steps(case).items():
+            worst = max(range(len(taken)), key=taken.__getitem__)
+            typical, most = _number(statistics.median(taken), 1e3), _number(taken[worst], 1e3)
+            rows.append((case.label, name, str(len(taken)), typical, most, str(worst)))
+    head = ("case", "competitor", "steps", "median ms", "longest ms", "which")
+    return Block("Decode across a chunk's border", head=head, rows=rows)
+
+
+def text(blocks: Sequence[Block]) -> str:
+    """For a terminal: columns side by side."""
+    parts = []
+    for block in blocks:
+        parts.append("\n".join([block.title, *(f"  {line}" for line in block.lines)]))
+        if block.rows:
+            cells = [block.head, *_once(block.rows)]
+            widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+            lines = ("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in cells)
+            parts[-1] += "".join(f"\n  {line.rstrip()}" for line in lines)
+    return "\n\n".join(parts) + "\n"
+
+
+def markdown(blocks: Sequence[Block]) -> str:
+    """For a page."""
+    parts = ["# Benchmarks"]
+    for block in blocks:
+        parts.append(f"## {block.title}")
+        if block.lines:
+            parts.append(
+                "\n".join(f"- {line}" for line in block.lines) if block.lines[1:] else block.lines[0]
+            )
+        if block.rows:
+            cells = [block.head, ["---"] * len(block.head), *_once(block.rows)]
+            parts.append("\n".join(f"| {' | '.join(row)} |" for row in cells))
+    return "\n\n".join(parts) + "\n"
+
+
+def _once(rows: Sequence[Sequence[str]]) -> list[Sequence[str]]:
+    """Rows whose first cell says only what the one above does not."""
+    before = [None, *(row[0] for row in rows)]
+    return [("" if row[0] == b else row[0], *row[1:]) for row, b in zip(rows, before, strict=False)]
+
+
+def _distinct(items: Any) -> list[Any]:
+    found: list[Any] = []
+    for item in items:
+        if item not in found:
+            found.append(item)
+    return found
+
+
+def _value(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _number(value: float | None, unit: float) -> str:
+    return "-" if value is None else f"{value * unit:.4g}"
+
+
+def _ratio(taken: dict[str, float] | None) -> str:
+    if not taken or "ratio" not in taken:
+        return "-"
+    spread = f" [{taken['low']:.2f}, {taken['high']:.2f}]" if {"low", "high"} <= taken.keys() else ""
+    return f"{taken['ratio']:.2f}{spread}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="of pytest-benchmark, JSON")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write a page there, print nothing")
+    a = parser.parse_args()
+    try:
+        blocks = report(load(a.files))
+        if a.markdown:
+            a.markdown.write_text(markdown(blocks))
+        else:
+            print(text(blocks), end="")
+    except (TTTError, OSError) as e:
+        raise SystemExit(f"error: {e}") from e
+
+
+if __name__ == "__main__":
+    main()

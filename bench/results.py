@@ -1,0 +1,128 @@
+"""What a run of the suite left in its JSON, as report and plots read it.
+
+A field may be missing, since a run can be of another commit: it is empty here, and whoever needs it says so.
+May be changed here: what is derived from the figures (floor, peak).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ttt_compiler.errors import TTTError
+
+# The static product, by whichever library: the fastest one is what the machine can do.
+STATIC = ("static", "torch.mm", "oneDNN")
+OURS = "ours"
+# What stands between a competitor's name and the variable's value.
+AT = " @ "
+
+
+@dataclass(frozen=True)
+class Case:
+    """One benchmark of one file."""
+
+    name: str
+    info: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        """Such as forward, prefill, training, growth, border."""
+        return str(self.info.get("kind", "of no kind"))
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """Sizes by name."""
+        return self.info.get("shape") or {}
+
+    @property
+    def times(self) -> dict[str, dict[str, float]]:
+        """Per competitor: seconds, ratio to its base, its quartiles low and high."""
+        return self.info.get("times") or {}
+
+    @property
+    def label(self) -> str:
+        """The shape in a few letters."""
+        swept = {"T": "tokens", "B": "batch", "C": "chunk"}.get(self.info.get("variable", ""), "variable")
+        short = {"d": "D", "f": "F", "tokens": "T", "chunk": "C", "batch": "B"}
+        said = [
+            f"{short[name]}={value}" if name in short else str(value)
+            for name, value in self.shape.items()
+            if name not in ("variable", swept)
+        ]
+        return " ".join(said) or self.name
+
+    @property
+    def machine(self) -> tuple[Any, ...]:
+        """What a measured peak holds for."""
+        return (*(self.environment.get(n) for n in ("cpu", "threads")), self.shape.get("dtype"))
+
+    def seconds(self, name: str) -> float | None:
+        """Of a competitor; None where there is none."""
+        return self.times.get(name, {}).get("seconds")
+
+    def static_seconds(self) -> float | None:
+        """Of the static product by the fastest library of this case."""
+        return min((s for name in STATIC if (s := self.seconds(name))), default=None)
+
+    def floor(self) -> float | None:
+        """Seconds of the competitor that is named so, or of the FLOPs at the rate of the static product."""
+        if named := self.info.get("floor"):
+            return self.seconds(named)
+        static, flops, unit = self.static_seconds(), self.info.get("flops"), self.info.get("static_flops")
+        return flops / unit * static if static and flops and unit else None
+
+    def gemm_rate(self) -> float | None:
+        """FLOP/s of the static product by the fastest library of this case."""
+        static, unit = self.static_seconds(), self.info.get("static_flops")
+        return unit / static if static and unit else None
+
+    def lacks(self, *names: str) -> list[str]:
+        """Those of the fields that are not there."""
+        return [name for name in names if not self.info.get(name)]
+
+
+def load(paths: Sequence[Path]) -> list[Case]:
+    """The benchmarks of all files, in their order.
+
+    Raises:
+        TTTError: a file cannot be read, or is none of pytest-benchmark's.
+    """
+    found = []
+    for path in paths:
+        try:
+            data = json.loads(path.read_text() or "{}")
+        except (OSError, ValueError) as e:
+            raise TTTError(f"{path} cannot be read: {e}") from e
+        if not isinstance(data, dict) or not data.get("benchmarks"):
+            raise TTTError(
+                f"{path} holds no benchmarks: write one by pytest bench/suite --benchmark-json=FILE"
+            )
+        machine = data.get("machine_info", {}).get("ttt", {})
+        for b in data["benchmarks"]:
+            found.append(Case(b.get("name", "without a name"), b.get("extra_info", {}), machine))
+    return found
+
+
+def peaks(cases: Sequence[Case]) -> dict[tuple[Any, ...], float]:
+    """The largest FLOP/s of a static product, per machine, threads and dtype."""
+    found: dict[tuple[Any, ...], float] = {}
+    for case in cases:
+        # A training step's static product is three, and autograd besides.
+        if case.kind != "training" and (rate := case.gemm_rate()):
+            found[case.machine] = max(rate, found.get(case.machine, 0.0))
+    return found
+
+
+def series(case: Case, figure: str = "seconds") -> dict[str, list[float]]:
+    """Of a sweep: per competitor its figures along the axis, from names such as ``ours @ 4096``."""
+    values, found = case.info.get("values") or [], {}
+    for name in dict.fromkeys(n.split(AT)[0] for n in case.times):
+        taken = [case.times.get(f"{name}{AT}{x}", {}).get(figure) for x in values]
+        if taken and None not in taken:
+            found[name] = taken
+    return found

@@ -1,0 +1,92 @@
+"""How the suite times: every competitor in one process, in turns, after a correctness gate.
+
+One round of pytest-benchmark is one call of every competitor, in rotated order; each call is timed by itself
+and a ratio is taken within its round, so that a busy machine disturbs both sides alike. What pytest-benchmark
+prints is the length of a round; the figures are in ``extra_info`` of its JSON.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from bench.environment import environment
+from bench.measure import clock_of
+from bench.results import AT, OURS
+
+Runs = dict[str, Callable[[], object]]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="few sizes, few rounds: under three minutes")
+    parser.addoption("--ci", action="store_true", help="what CI runs: tiny, is it right; no figure is read")
+    parser.addoption("--rounds", type=int, help="rounds of every comparison")
+    parser.addoption("--threads", type=int, default=1, help="threads of torch")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(config.getoption("--threads"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of a run for CI and of a quick one, what is marked so; of the others, what is not for CI."""
+    ci, quick = config.getoption("--ci"), config.getoption("--quick")
+    for item in items:
+        if ci != (item.get_closest_marker("ci") is not None):
+            item.add_marker(pytest.mark.skip(reason="not a part of --ci" if ci else "a part of --ci alone"))
+        elif quick and not ci and item.get_closest_marker("quick") is None:
+            item.add_marker(pytest.mark.skip(reason="not a part of --quick"))
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    machine_info["ttt"] = environment()
+
+
+@pytest.fixture
+def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., dict[str, dict[str, float]]]:
+    """A function that times competitors and files the result.
+
+    The first one is the base of the ratios, unless ``bases`` names each one's own. Seconds are of one of the
+    ``repeats`` that a call consists of.
+    """
+
+    def run(
+        runs: Runs, rounds: int = 7, bases: dict[str, str] | None = None, repeats: int = 1, **info: Any
+    ) -> dict[str, dict[str, float]]:
+        clock, names = clock_of(torch.get_num_threads()), list(runs)
+        seconds: dict[str, list[float]] = {name: [] for name in names}
+        turn = iter(range(10**9))
+
+        def one_round() -> None:
+            shift = next(turn) % len(names)
+            for name in names[shift:] + names[:shift]:
+                start = clock()
+                runs[name]()
+                seconds[name].append((clock() - start) / repeats)
+
+        option = request.config.getoption
+        rounds = option("--rounds") or (1 if option("--ci") else 3 if option("--quick") else rounds)
+        benchmark.pedantic(one_round, rounds=rounds, warmup_rounds=1)
+        benchmark.extra_info |= info
+        benchmark.extra_info["times"] = times = {
+            name: _summary(taken[1:], seconds[(bases or {}).get(name, names[0])][1:])
+            for name, taken in seconds.items()
+        }
+        benchmark.extra_info["ours_over"] = {
+            name: _summary(seconds[ours][1:], taken[1:])
+            for name, taken in seconds.items()
+            if (ours := "".join((OURS, *name.partition(AT)[1:]))) in seconds and ours != name
+        }
+        return times
+
+    return run
+
+
+def _summary(taken: list[float], base: list[float]) -> dict[str, float]:
+    ratios = [a / b for a, b in zip(taken, base, strict=True)]
+    low, _, high = statistics.quantiles(ratios * (2 if len(ratios) == 1 else 1), n=4, method="inclusive")
+    return {"seconds": statistics.median(taken), "ratio": statistics.median(ratios), "low": low, "high": high}

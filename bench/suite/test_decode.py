@@ -1,0 +1,88 @@
+"""Decode of one layer: a step, a chunk of steps with its border, and what a step costs besides bytes."""
+
+from __future__ import annotations
+
+import statistics
+
+import pytest
+import torch
+
+from bench.decode_layer import KEY, STEPS, Decoding, Place, across_a_chunk
+from bench.measure import clock_of
+from ttt_compiler.codegen.layout import WRITES
+
+MEDIUM = (1024, 3072)
+
+
+def places():
+    found = [pytest.param(Place(16, 48, 64, 2, 128), marks=pytest.mark.ci, id="ci")]
+    for dtype in ("float32", "bfloat16"):
+        for batch in (1, 4, 16):
+            for past in (0, 256, 1024, 4096, 16384):
+                place = Place(*MEDIUM, 512, batch, past, dtype)
+                marks = [pytest.mark.quick] if (batch, past) in ((1, 1024), (4, 1024)) else []
+                found.append(pytest.param(place, marks=marks, id=str(place).replace(" ", ",")))
+    return found
+
+
+@pytest.mark.parametrize("place", places())
+@torch.no_grad()
+def test_step(compare, place):
+    decoding = Decoding(place)
+    errors = {"ours": decoding.gate()}
+    runs = decoding.runs()
+    compare(
+        runs,
+        rounds=9,
+        kind="decode",
+        shape=vars(place),
+        repeats=STEPS,
+        bytes=decoding.bytes_read(),
+        errors=errors,
+        floor="the same bytes",
+    )
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("batch", [1, 4, 16])
+@torch.no_grad()
+def test_host(compare, batch):
+    """D = F = 8, where nothing is left but calling the op."""
+    decoding = Decoding(Place(8, 8, 512, batch, 1024))
+    errors = {"ours": decoding.gate()}
+    runs = decoding.runs()
+    compare(
+        {name: runs[name] for name in ("static", "ours")},
+        rounds=31,
+        kind="host",
+        shape=vars(decoding.place),
+        repeats=STEPS,
+        errors=errors,
+    )
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize(
+    "chunk", [128, 256, pytest.param(512, marks=pytest.mark.quick)], ids=lambda chunk: f"C={chunk}"
+)
+@torch.no_grad()
+def test_border(benchmark, request, chunk, batch):
+    decoding = Decoding(Place(*MEDIUM, chunk, batch, 2 * chunk if batch == 1 else 2048))
+    error = decoding.gate()
+    decoding.site.rows.copy_(decoding.begin)
+    rounds = 1 if request.config.getoption("--quick") else 3
+    steps: list[float] = []
+    clock = clock_of(torch.get_num_threads())
+    before = decoding.state.column(KEY, WRITES)
+    benchmark.pedantic(lambda: steps.extend(across_a_chunk(decoding, clock, rounds)), rounds=1)
+    after = decoding.state.column(KEY, WRITES)
+    assert after == [n + rounds for n in before], f"{before} -> {after} writes: no timing"
+    median = statistics.median(steps)
+    benchmark.extra_info |= {
+        "kind": "border",
+        "shape": vars(decoding.place),
+        "steps": {"ours": steps},
+        "errors": {"ours": error},
+        "median": median,
+        "worst": max(steps) / median,
+    }

@@ -1,0 +1,42 @@
+"""Seconds until a small compiled model has answered, static and ours, with compiled code on disk or not."""
+
+from __future__ import annotations
+
+import statistics
+
+import pytest
+
+from bench.startup import WHO, fresh
+
+
+@pytest.mark.parametrize(
+    "rounds",
+    [
+        pytest.param(1, marks=[pytest.mark.quick], id="quick"),
+        pytest.param(5, id="full"),
+    ],
+)
+def test_startup(benchmark, tmp_path, rounds):
+    """In every round each one has a cold start in a folder of its own, and a warm one."""
+    found: dict[str, list[dict[str, float]]] = {
+        f"{who}, {how}": [] for who in WHO for how in ("cold", "warm")
+    }
+
+    def one_round() -> None:
+        turn = len(found["ours, warm"])
+        for who in WHO if turn % 2 else WHO[::-1]:
+            folder = tmp_path / f"{who}{turn}"
+            for how in ("cold", "warm"):
+                found[f"{who}, {how}"].append(fresh(who, folder))
+
+    benchmark.pedantic(one_round, rounds=rounds)
+    seconds = {
+        name: {phase: statistics.median(start[phase] for start in starts) for phase in starts[0]}
+        for name, starts in found.items()
+    }
+    answered = {name: phases["until the first answer"] for name, phases in seconds.items()}
+    benchmark.extra_info |= {
+        "kind": "startup",
+        "seconds": seconds,
+        "ratio": {how: answered[f"ours, {how}"] / answered[f"static, {how}"] for how in ("cold", "warm")},
+    }
