@@ -6,6 +6,7 @@ same function; :meth:`bench.layer.Layer.gate` says whether they do.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -16,16 +17,28 @@ from torch.utils.checkpoint import checkpoint
 import ttt_compiler.codegen.lowering  # noqa: F401
 from bench.layer import LR, Layer
 from ttt_compiler.codegen import ops  # noqa: F401
-from ttt_compiler.compat.processor import onednn_linear, product_dtype
+from ttt_compiler.codegen.cpu import gemm
+from ttt_compiler.codegen.cpu.native.products import multiply
+from ttt_compiler.compat.processor import product_dtype
 from ttt_compiler.runtime.state import FastWeightState
 from ttt_compiler.spec import SiteSpec
 
 Run = Callable[[], Tensor]
+Product = Callable[[Tensor, Tensor], Tensor]
 # Dynamo does not trace what asks the processor.
 _PRODUCTS = {d: product_dtype(d) for d in (torch.float32, torch.bfloat16)}
 
 
-def stacked(h: Tensor, t: Tensor, w0: Tensor, conv: Tensor, proj: Tensor, lr: float, chunk: int) -> Tensor:
+def stacked(
+    h: Tensor,
+    t: Tensor,
+    w0: Tensor,
+    conv: Tensor,
+    proj: Tensor,
+    lr: float,
+    chunk: int,
+    product: Product = torch.matmul,
+) -> Tensor:
     """The official training form: every chunk's weight in memory at once, by a cumulative sum.
 
     Tokens are padded to a multiple of C; the last chunk's write is left out.
@@ -37,25 +50,40 @@ def stacked(h: Tensor, t: Tensor, w0: Tensor, conv: Tensor, proj: Tensor, lr: fl
     hc = h.view(batch, n, chunk, width)
     tc = t.view(batch * n, chunk, -1).transpose(1, 2)
     tc = functional.conv1d(tc, conv, padding=conv.shape[-1] // 2, groups=t.shape[-1]).transpose(1, 2)
-    v = tc.reshape(batch, n, chunk, -1)[:, :-1] @ proj
-    delta = lr * torch.einsum("bncd,bncf->bndf", v, hc[:, :-1])
+    v = product(tc.reshape(batch, n, chunk, -1)[:, :-1], proj)
+    delta = lr * product(v.transpose(2, 3), hc[:, :-1])
     weights = torch.cat([w0.expand(batch, 1, *w0.shape), delta], 1).cumsum(1)
-    return torch.einsum("bncf,bndf->bncd", hc, weights).reshape(batch, length + short, -1)[:, :length]
+    return product(hc, weights.transpose(2, 3)).reshape(batch, length + short, -1)[:, :length]
 
 
 def loop(
-    h: Tensor, t: Tensor, w0: Tensor, conv: Tensor, proj: Tensor, lr: float, chunk: int
+    h: Tensor,
+    t: Tensor,
+    w0: Tensor,
+    conv: Tensor,
+    proj: Tensor,
+    lr: float,
+    chunk: int,
+    product: Product = torch.matmul,
 ) -> tuple[Tensor, Tensor]:
     """The official inference loop of one sequence: its output, and the weight that comes after."""
     w, out = w0.clone(), []
     for start in range(0, h.shape[1], chunk):
         part, keys = t[:, start : start + chunk], h[:, start : start + chunk]
-        out.append(keys @ w.t())
+        out.append(product(keys, w.t()))
         if keys.shape[1] == chunk:
             width = part.shape[-1]
             taps = functional.conv1d(part.transpose(1, 2), conv, padding=conv.shape[-1] // 2, groups=width)
-            w = w + lr * (taps.transpose(1, 2)[0] @ proj).t() @ keys[0]
+            w = w + lr * product(product(taps.transpose(1, 2)[0], proj).t(), keys[0])
     return torch.cat(out, 1), w
+
+
+def same_library(x: Tensor, y: Tensor) -> Tensor:
+    """``x @ y`` by the library that ours calls, so that it is no advantage of ours."""
+    out = x.new_empty(*x.shape[:-1], y.shape[-1])
+    for i in itertools.product(*map(range, x.shape[:-2])):
+        gemm.product(x[i], y[i[: y.dim() - 2]], out[i])
+    return out
 
 
 def rewritten(h: Tensor, t: Tensor, w0: Tensor, conv: Tensor, proj: Tensor, lr: float, chunk: int) -> Tensor:
@@ -81,8 +109,8 @@ def libraries(layer: Layer) -> dict[str, Run]:
     flat = layer.h.view(-1, shape.f)
     out = torch.empty(len(flat), shape.d, dtype=layer.dtype)
     found: dict[str, Run] = {"torch.mm": lambda: torch.mm(flat, layer.w0.t(), out=out)}
-    if torch.backends.mkldnn.is_available() and layer.dtype == torch.float32:
-        found["oneDNN"] = lambda: onednn_linear(flat, layer.w0, None)
+    if layer.dtype == torch.float32 and multiply(flat, layer.w0.t(), out):
+        found["oneDNN"] = lambda: multiply(flat, layer.w0.t(), out)
     return found
 
 
@@ -93,7 +121,8 @@ def products(layer: Layer, *, state: bool) -> dict[str, Run]:
     ``state``: whether the last complete chunk is written too.
     """
     s, wide = layer.shape, _PRODUCTS[layer.dtype]
-    h, t, w0, proj = (x.to(wide) for x in (layer.h, layer.t, layer.w0, layer.proj))
+    # Small, since nothing sets w back between rounds.
+    h, t, w0, proj = (x.to(wide) for x in (layer.h, layer.t, layer.w0, layer.proj * 1e-6))
     w, y, v = (
         w0.clone(),
         torch.empty(s.batch, s.tokens, s.d, dtype=wide),
@@ -105,11 +134,10 @@ def products(layer: Layer, *, state: bool) -> dict[str, Run]:
         for b in range(s.batch):
             for i, start in enumerate(range(0, s.tokens, s.chunk)):
                 rows = slice(start, start + s.chunk)
-                torch.mm(h[b, rows], w.t(), out=y[b, rows])
+                gemm.product(h[b, rows], w.t(), y[b, rows])
                 if i < written:
-                    torch.mm(t[b, rows], proj, out=v)
-                    # Small, since nothing sets w back between rounds.
-                    w.addmm_(v.t(), h[b, rows], alpha=1e-6)
+                    gemm.product(t[b, rows], proj, v)
+                    gemm.product(v.t(), h[b, rows], w, accumulate=True)
         return y
 
     return {"products alone": run}
@@ -119,22 +147,33 @@ def forward(layer: Layer) -> dict[str, Run]:
     """Without a state: what training and scoring run forward."""
     args = (layer.h, layer.t, layer.w0, layer.conv, layer.proj, LR, layer.shape.chunk)
     ours, all_at_once = compiled(rewritten), compiled(stacked)
-    return {
+    found: dict[str, Run] = {
         "ours": lambda: ours(*args),
         "official training form": lambda: stacked(*args),
         "official training form, compiled": lambda: all_at_once(*args),
     }
+    if other_library(layer):
+        found["official training form, our library"] = lambda: stacked(*args, same_library)
+    return found
+
+
+def other_library(layer: Layer) -> bool:
+    """Whether ours makes products by another library than torch's operations do."""
+    return layer.dtype == torch.float32 and gemm.is_amd() and min(layer.shape.chunk, layer.shape.tokens) >= 16
 
 
 def prefill(layer: Layer) -> dict[str, Run]:
     """With the state that comes after: what serving runs on a prompt."""
     args = (layer.h, layer.t, layer.w0, layer.conv, layer.proj, LR, layer.shape.chunk)
     by_chunk = compiled(loop)
-    return {
+    found = {
         "ours": running(layer),
         "official inference loop": _by_row(loop, args),
         "official inference loop, compiled": _by_row(by_chunk, args),
     }
+    if other_library(layer):
+        found["official inference loop, our library"] = _by_row(loop, (*args, same_library))
+    return found
 
 
 def running(layer: Layer) -> Run:

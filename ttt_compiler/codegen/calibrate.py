@@ -14,9 +14,10 @@ from pathlib import Path
 
 import torch
 
-from ttt_compiler.codegen.cpu.gemm import is_amd
+from ttt_compiler.codegen.cpu.gemm import is_amd, writes_blocks
+from ttt_compiler.codegen.cpu.native.products import multiply
+from ttt_compiler.codegen.cpu.native.write import write
 from ttt_compiler.codegen.devices import GB, KIB, MIB, Device, Fraction
-from ttt_compiler.compat.processor import onednn_linear
 
 # A GEMM as the scan makes it: a chunk of tokens against a matrix beyond the private caches.
 _ROWS, _D, _F = 512, 1024, 3072
@@ -50,8 +51,13 @@ def _measure() -> Device:
         "float64 apply": flops / _seconds(lambda: torch.mm(h64, w64.t(), out=y64)),
         "float64 write": flops / _seconds(lambda: w64.addmm_(v64.t(), h64, alpha=1e-6)),
     }
-    if torch.backends.mkldnn.is_available():
-        variants["float32 apply onednn"] = flops / _seconds(lambda: onednn_linear(h, w, None))
+    if multiply(h, w.t(), y):
+        variants["float32 apply onednn"] = flops / _seconds(lambda: multiply(h, w.t(), y))
+    w32 = w.clone()
+    if writes_blocks(torch.float32):
+        variants["float32 write"] = flops / _seconds(lambda: write(v, h, w32, None, None, written=True))
+    if writes_blocks(torch.bfloat16):
+        variants["bfloat16 write"] = flops / _seconds(lambda: write(v16, h16, w32, None, w16, written=True))
     stream = torch.zeros(_STREAM)
     bandwidth = stream.nbytes / _seconds(stream.sum)
     tiny = torch.zeros(2, 2)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ttt_compiler.codegen import forms, forms_cpu
-from ttt_compiler.codegen.cpu.gemm import ONEDNN_MIN_ROWS, SHADOW_MIN_ROWS, is_amd
+from ttt_compiler.codegen.cpu.gemm import ONEDNN_MIN_ROWS, SHADOW_MIN_ROWS, is_amd, writes_blocks
 from ttt_compiler.codegen.devices import Device
 from ttt_compiler.codegen.forms import ScanShape
 from ttt_compiler.codegen.kernels.tiles import SCAN, architecture, shipped
@@ -196,9 +196,11 @@ def lowering_name(spec: SiteSpec, device: torch.device, dtype: torch.dtype) -> s
             f"{SHADOW_MIN_ROWS} rows on the state itself"
         )
     elif dtype == torch.float32 and is_amd() and _has_onednn():
-        gemms += f", applies of {ONEDNN_MIN_ROWS} rows and more by oneDNN"
+        gemms += f", of {ONEDNN_MIN_ROWS} rows and more by oneDNN"
         if spec.chunk < ONEDNN_MIN_ROWS:
             gemms += f" (a chunk has {spec.chunk})"
+    if writes_blocks(dtype):
+        gemms += "; writes in blocks by oneDNN's kernel, added in fp32"
     state = str(state_dtype(dtype)).removeprefix("torch.float")
     return f"cpu: chunk scan in state form, fp{state} state, one opaque op per site; {gemms}"
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from ttt_compiler.codegen.cpu.gemm import ONEDNN_MIN_ROWS, SHADOW_MIN_ROWS
+from ttt_compiler.codegen.cpu.gemm import ONEDNN_MIN_ROWS, SHADOW_MIN_ROWS, writes_blocks
 from ttt_compiler.codegen.devices import Device
 from ttt_compiler.codegen.forms import ScanShape
 from ttt_compiler.codegen.phases import Phase
@@ -36,14 +36,13 @@ def recurrent(shape: ScanShape, device: Device) -> tuple[Phase, ...]:
     rows = shape.batch * shape.tokens
     written = shape.batch * shape.writes * shape.chunk
     library = _library(shape, device)
-    copied = 2 * rows * d * item if library.endswith("onednn") else 0
     narrow = item < held and min(shape.chunk, shape.tokens) < SHADOW_MIN_ROWS
     phases = [
         Phase(
             "apply",
             shape.unit,
             shape.unit / rate_of(device, library, shape.dtype),
-            hbm=rows * (f + d) * item + copied + n * moving * (held if narrow else item),
+            hbm=rows * (f + d) * item + n * moving * (held if narrow else item),
             launches=n,
         ),
         Phase("finite", hbm=written * (f + d) * item, launches=_CALLS * writes),
@@ -51,7 +50,10 @@ def recurrent(shape: ScanShape, device: Device) -> tuple[Phase, ...]:
     flops = 2.0 * written * matrix
     name = str(shape.dtype).removeprefix("torch.")
     write = flops / rate_of(device, f"{name} write", shape.dtype)
-    if item == held:
+    if item < held and writes_blocks(shape.dtype):
+        # Summed in fp32 where W is; the next apply's copy is made on the way.
+        phases.append(Phase("write", flops, write, hbm=writes * moving * (2 * held + item), launches=writes))
+    elif item == held:
         phases.append(Phase("write", flops, write, hbm=writes * 2 * moving * held, launches=writes))
     else:
         # The increment is written narrow, then added: read, state read, state written.

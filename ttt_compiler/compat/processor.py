@@ -6,12 +6,13 @@ changed here: the bodies, for a new torch. Checked on torch 2.13.0.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import platform
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 
 @functools.cache
@@ -31,11 +32,40 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if there else torch.float32
 
 
-def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x @ weight.T + bias`` by oneDNN. x ``[m, F]``, weight ``[D, F]``, both contiguous. Checked on
-    2.13."""
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return out
+@functools.cache
+def onednn_product() -> int | None:
+    """Address of ``at::native::mkldnn_matmul(a, b, out, beta, alpha)``, None where torch has none.
+
+    It takes fp32 too, for which ``torch.mm`` calls MKL. Checked on 2.13: arguments are two-dimensional, of
+    one dtype, with unit stride in one of both axes; it throws for what it does not take.
+    """
+    return _symbol("_ZN2at6native13mkldnn_matmulERKNS_6TensorES3_S3_ff")
+
+
+@functools.cache
+def block_product(dtype: torch.dtype) -> tuple[int, int] | None:
+    """Addresses of ``at::native::cpublas::brgemm`` for operands of ``dtype``, and of what ends its use.
+
+    ``C [m, n] (+)= A [m, k] B [k, n]`` with fp32 C, by oneDNN's kernel for a block in the cache; of bf16, B
+    holds pairs of rows side by side. Checked on 2.13: it throws where the processor cannot.
+    """
+    operand = {torch.float32: "PKfS3_Pf", torch.bfloat16: "PKN3c108BFloat16ES5_Pf"}.get(dtype)
+    if operand is None or platform.machine().lower() not in ("x86_64", "amd64"):
+        return None
+    found = _symbol(f"_ZN2at6native7cpublas6brgemmEllllllb{operand}b")
+    release = _symbol("_ZN2at6native7cpublas14brgemm_releaseEb")
+    return None if found is None or release is None else (found, release)
+
+
+def _symbol(name: str) -> int | None:
+    """Address of an exported function of torch's library of CPU operations; None where it is not exported."""
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    if not library.exists():
+        return None
+    try:
+        return ctypes.cast(getattr(ctypes.CDLL(str(library)), name), ctypes.c_void_p).value
+    except AttributeError:
+        return None
 
 
 def tf32_allowed() -> bool:

@@ -1,10 +1,12 @@
 """Which library call multiplies, and the fast matrix that is applied and written by two GEMMs per chunk.
 
 May be changed here: the choice of call, with a measurement. The rule in force: results land in buffers
-that exist already (fresh large tensors cost about eight times their fill in page faults); fp32 GEMMs of
-many rows go to oneDNN on AMD processors, where MKL takes slower kernels (measured 0.74-0.96 of MKL's
-time), and to MKL elsewhere; a write is ``addmm`` in place; products of 16-bit operands are made in fp32 where
-the processor has no unit for them (measured 4.8 times as fast for bf16, 10 times for fp16).
+that exist already (fresh large tensors cost about eight times their fill in page faults); fp32 products of
+more than a few rows go to oneDNN on AMD processors, where MKL takes slower kernels (measured 0.74-0.96 of
+MKL's time), and to MKL elsewhere; a write goes block by block there and wherever the processor multiplies the
+operands' 16-bit dtype itself (:mod:`.native.write`), else it is ``addmm`` in place; products of 16-bit
+operands are made in fp32 where the processor has no unit for them (measured 4.8 times as fast for bf16, 10
+times for fp16).
 """
 
 from __future__ import annotations
@@ -16,9 +18,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ttt_compiler.compat.processor import onednn_linear, product_dtype
+from ttt_compiler.codegen.cpu.native.products import multiply
+from ttt_compiler.codegen.cpu.native.write import there_are_blocks
+from ttt_compiler.codegen.cpu.native.write import write as write_blocks
+from ttt_compiler.compat.processor import product_dtype
 
-ONEDNN_MIN_ROWS = 256
+# Measured at D=1024 F=3072: 16 rows 68 GF/s by oneDNN, 54 by MKL; one row 24 and 25.
+ONEDNN_MIN_ROWS = 16
 # Below this many rows a low-precision apply reads the fp32 state itself: one pass over it is cheaper
 # than refreshing a low-precision copy.
 SHADOW_MIN_ROWS = 16
@@ -78,19 +84,31 @@ def apply(h: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, name: str) -> 
 
 def _apply(h: Tensor, w: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """The same in one dtype."""
-    if (
-        h.dtype == torch.float32
-        and h.shape[0] >= ONEDNN_MIN_ROWS
-        and w.is_contiguous()
-        and h.is_contiguous()
-        and is_amd()
-        and torch.backends.mkldnn.is_available()
-    ):
-        out.copy_(onednn_linear(h, w, bias))
-    elif bias is None:
-        torch.mm(h, w.t(), out=out)
+    if bias is None:
+        product(h, w.t(), out)
+    elif _by_onednn(h):
+        product(h, w.t(), out.copy_(bias.expand_as(out)), accumulate=True)
     else:
         torch.addmm(bias, h, w.t(), out=out)
+
+
+def product(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
+    """``out = a @ b``, or ``out += a @ b``, of one dtype, by the faster library."""
+    if _by_onednn(a) and multiply(a, b, out, accumulate=accumulate):
+        return
+    if accumulate:
+        out.addmm_(a, b)
+    else:
+        torch.mm(a, b, out=out)
+
+
+def _by_onednn(a: Tensor) -> bool:
+    return a.dtype == torch.float32 and len(a) >= ONEDNN_MIN_ROWS and is_amd()
+
+
+def writes_blocks(dtype: torch.dtype) -> bool:
+    """Whether a write of operands of ``dtype`` goes block by block, by the compiled loop."""
+    return (is_amd() or product_dtype(dtype) == dtype != torch.float32) and there_are_blocks(dtype)
 
 
 def _dtype_of(x: Tensor) -> torch.dtype:
@@ -102,9 +120,10 @@ def project(x: Tensor, p: Tensor, out: Tensor, name: str) -> Tensor:
     """``out = x @ p``, in fp32 where that is faster. x ``[m, K]``, p ``[K, N]``, out ``[m, N]``."""
     dtype = _dtype_of(x)
     if dtype == x.dtype:
-        return torch.mm(x, p, out=out)
+        product(x, p, out)
+        return out
     y = workspace(f"{name}.y", tuple(out.shape), dtype)
-    torch.mm(widened(x, dtype, f"{name}.x"), widened(p, dtype, f"{name}.p"), out=y)
+    product(widened(x, dtype, f"{name}.x"), widened(p, dtype, f"{name}.p"), y)
     return out.copy_(y)
 
 
@@ -120,12 +139,13 @@ def add_product(h: Tensor, keys: Tensor, values: Tensor, out: Tensor, name: str)
     """
     dtype = _dtype_of(h)
     scores = workspace(f"{name}.scores", (len(h), len(keys)), dtype)
-    torch.mm(widened(h, dtype, f"{name}.h"), widened(keys, dtype, f"{name}.keys").t(), out=scores)
+    product(widened(h, dtype, f"{name}.h"), widened(keys, dtype, f"{name}.keys").t(), scores)
     if dtype == h.dtype:
-        out.addmm_(scores, values)
+        product(scores, values, out, accumulate=True)
     else:
         y = widened(out, dtype, f"{name}.y")
-        out.copy_(y.addmm_(scores, widened(values, dtype, f"{name}.values")))
+        product(scores, widened(values, dtype, f"{name}.values"), y, accumulate=True)
+        out.copy_(y)
 
 
 def static_apply(h: Tensor, w0: Tensor, bias: Tensor | None, *, out: Tensor | None = None) -> Tensor:
@@ -185,12 +205,19 @@ class FastMatrix:
         if not self.written:
             assert self.base is not None, "a zero matrix has no operand; check is_zero first"
             return self.base
-        if self.master.dtype in (self.dtype, product_dtype(self.dtype)) or rows < SHADOW_MIN_ROWS:
+        if not self._needs_shadow or rows < SHADOW_MIN_ROWS:
             return self.master
         if self._shadow is None:
-            self._shadow = workspace(f"{self.name}.shadow", tuple(self.master.shape), self.dtype)
-            self._shadow.copy_(self.master)
+            self._shadow = self._new_shadow().copy_(self.master)
         return self._shadow
+
+    @property
+    def _needs_shadow(self) -> bool:
+        """Whether products of many rows read a copy of W in a narrower dtype."""
+        return self.master.dtype not in (self.dtype, product_dtype(self.dtype))
+
+    def _new_shadow(self) -> Tensor:
+        return workspace(f"{self.name}.shadow", tuple(self.master.shape), self.dtype)
 
     def apply(self, h: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """``out = h @ W.T (+ bias)``. h ``[m, F]``, out ``[m, D]``."""
@@ -203,12 +230,10 @@ class FastMatrix:
         if dtype != x.dtype:
             y = workspace(f"{self.name}.back", tuple(out.shape), dtype)
             w = widened(w, dtype, f"{self.name}.base")
-            torch.mm(widened(x, dtype, f"{self.name}.x"), w, out=y)
+            product(widened(x, dtype, f"{self.name}.x"), w, y)
             out.copy_(y.add_(out) if accumulate else y)
-        elif accumulate:
-            out.addmm_(x, w)
         else:
-            torch.mm(x, w, out=out)
+            product(x, w, out, accumulate=accumulate)
 
     def decay(self, factor: float) -> None:
         """``W = W0 + factor (W - W0)``, in place."""
@@ -220,6 +245,12 @@ class FastMatrix:
 
     def write(self, v: Tensor, h: Tensor) -> None:
         """``W += v.T @ h`` with fp32 accumulation. v ``[m, D]``, h ``[m, F]``."""
+        copy = self._new_shadow() if self._needs_shadow else None
+        if writes_blocks(self.dtype) and write_blocks(
+            v, h, self.master, self.base, copy, written=self.written
+        ):
+            self.written, self._shadow = True, copy
+            return
         if self.master.dtype == self.dtype:
             if self.written:
                 self.master.addmm_(v.t(), h)

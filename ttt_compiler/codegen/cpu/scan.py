@@ -9,10 +9,13 @@ is applied and not written because nobody reads it, and less where its last chun
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from ttt_compiler.codegen.cpu.gemm import FastMatrix, add_product, static_apply, workspace
+from ttt_compiler.codegen.cpu.native.squares import norm
 from ttt_compiler.codegen.segments import Run, documents, row_runs
 from ttt_compiler.errors import NonFiniteWriteError
 from ttt_compiler.spec import state_dtype
@@ -156,8 +159,7 @@ def writable(v: Tensor, h: Tensor, on_nonfinite: str, index: int) -> bool:
         NonFiniteWriteError: they are not, and ``on_nonfinite`` is ``"raise"``.
     """
     # A finite norm proves that every entry is finite, in one pass; the product of two such in fp32 is.
-    norms = (torch.linalg.vector_norm(x, dtype=state_dtype(x.dtype)) for x in (v, h))
-    if all(bool(norm.isfinite()) for norm in norms):
+    if math.isfinite(norm(v)) and math.isfinite(norm(h)):
         return True
     if on_nonfinite == "skip":
         return False

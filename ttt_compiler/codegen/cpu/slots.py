@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ttt_compiler.codegen.cpu import gemm
 from ttt_compiler.codegen.cpu.gemm import FastMatrix, workspace
+from ttt_compiler.codegen.cpu.native.write import write as write_blocks
 from ttt_compiler.codegen.layout import FACTORED, SLOT, WRITES, factored_rows
 
 
@@ -121,8 +122,12 @@ class RowMatrix:
         slot = self.w[self.me[SLOT]]
         # The rows lie in the slot that the matrix will take: it is made beside it.
         made = workspace("step.unfold", tuple(slot.shape), slot.dtype)
-        torch.mm(values.to(slot.dtype).t(), keys.to(slot.dtype), out=made)
-        slot.copy_(made.add_(self.w0))
+        if not (
+            gemm.writes_blocks(self.stored) and write_blocks(values, keys, made, self.w0, None, written=False)
+        ):
+            torch.mm(values.to(slot.dtype).t(), keys.to(slot.dtype), out=made)
+            made.add_(self.w0)
+        slot.copy_(made)
         self.me[FACTORED] = 0
 
     def _own_slot(self) -> None:
@@ -144,5 +149,4 @@ class RowMatrix:
 
 def add_factored(h: Tensor, keys: Tensor, values: Tensor, out: Tensor) -> None:
     """``out += (h @ keys.T) @ values``. h ``[m, F]``, keys ``[n, F]``, values ``[n, D]``, out ``[m, D]``."""
-    keys, values = keys.to(h.dtype), values.to(h.dtype)
-    out.addmm_(h @ keys.t(), values)
+    gemm.add_product(h, keys.to(h.dtype), values.to(h.dtype), out, "step.factored")

@@ -9,6 +9,7 @@ be taken back exactly. May be changed here: how it is computed. The layout is
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from ttt_compiler.codegen.cpu.controls import limited
 from ttt_compiler.codegen.cpu.conv import convolve
 from ttt_compiler.codegen.cpu.gemm import project, static_apply, workspace
 from ttt_compiler.codegen.cpu.native.decode import decode
+from ttt_compiler.codegen.cpu.native.squares import norm as frobenius
 from ttt_compiler.codegen.cpu.slots import RowMatrix, add_factored
 from ttt_compiler.codegen.cpu.tail import RowTail, append_tokens
 from ttt_compiler.codegen.layout import (
@@ -35,7 +37,7 @@ from ttt_compiler.codegen.layout import (
 from ttt_compiler.codegen.reference import write_limit
 from ttt_compiler.codegen.segments import Run, row_runs
 from ttt_compiler.errors import NonFiniteWriteError
-from ttt_compiler.spec import SiteSpec, state_dtype
+from ttt_compiler.spec import SiteSpec
 
 
 def fast_weight_step(
@@ -255,15 +257,15 @@ class _Row:
         while (counts[DONE] + 1) * chunk <= counts[SEEN] and self._is_due(end):
             self._write(*self.tail.read(counts[DONE] * chunk, chunk), end)
 
-    def _prepared(self, h: Tensor, t: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor]:
+    def _prepared(self, h: Tensor, t: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, float]:
         """Of a chunk: v under the update controls (None: skipped), h, the write's exact norm, its bound."""
         call, rule = self.call, self.call.spec.rule
         # Under autocast the tail is kept in the weights' dtype and multiplied in the operands'.
         h, t = h.to(call.h.dtype), t.to(call.t.dtype)
         v, norm = limited(call.values(t), h, call.limit(), rule.keys == "unit")
         # A finite norm proves that every entry is finite, in one pass; the product of two such in fp32 is.
-        of_v, of_h = _norm(v), _norm(h)
-        if bool(of_v.isfinite() & of_h.isfinite()):
+        of_v, of_h = frobenius(v), frobenius(h)
+        if math.isfinite(of_v) and math.isfinite(of_h):
             return v, h, norm, of_v * of_h
         if rule.on_nonfinite == "skip":
             return None, h, None, of_v
@@ -289,16 +291,16 @@ class _Row:
         counts[DONE] += 1
         counts[CACHED] = max(0, counts[CACHED] - 1)
 
-    def _record(self, norm: Tensor | None, bound: Tensor) -> None:
+    def _record(self, norm: Tensor | None, bound: float) -> None:
         """Note the write's norm: exact under a limit, else the bound ``||v|| ||h||``."""
+        norms = self.call.state.norms[self.index]
         if norm is None:
-            written = bound
+            written = norms.new_tensor(bound)
         else:
             limit = self.call.limit()
             assert limit is not None
             self.counts[CLIPPED] += int(norm > limit)
             written = torch.minimum(norm, limit.to(norm.dtype))
-        norms = self.call.state.norms[self.index]
         norms[LAST] = written
         norms[PEAK] = torch.maximum(norms[PEAK], written.to(norms.dtype))
         norms[TOTAL] += written
@@ -315,8 +317,3 @@ def _token_runs(pos: Tensor | None, batch: int) -> list[list[Run]]:
         return [_NEXT] * batch
     runs = [_FIRST if p == 0 else _PADDING if p < 0 else _NEXT for p in pos[:, 0].tolist()]
     return runs if len(runs) == batch else runs * batch
-
-
-def _norm(x: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(x, dtype=state_dtype(x.dtype))
-    return norm

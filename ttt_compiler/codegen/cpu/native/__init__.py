@@ -23,16 +23,25 @@ NAMES = {
     torch.bfloat16: "bfloat16",
     torch.float16: "float16",
 }
-_FILES = ("numbers", "conv", "decode")
-# (pointers, sizes, ints) that a function takes, and what it returns.
-_SIGNATURES = {"conv": ((3, 4, 1), None), "decode": ((11, 8, 2), ctypes.c_int)}
+_FILES = ("numbers", "conv", "decode", "squares", "write", "products")
+_INT, _SIZE, _POINTER, _FLOAT = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
+# Per function of one dtype: what it takes, what it returns, and the dtypes that there are.
+_SIGNATURES: dict[str, tuple[list[Any], Any, tuple[str, ...]]] = {
+    "conv": ([_POINTER] * 3 + [_SIZE] * 4 + [_INT], None, tuple(NAMES.values())),
+    "decode": ([_POINTER] * 11 + [_SIZE] * 8 + [_INT] * 2, _INT, tuple(NAMES.values())),
+    "squares": ([_POINTER, _SIZE, _INT], ctypes.c_double, tuple(NAMES.values())),
+    "write": ([_POINTER] * 7 + [_SIZE] * 3 + [_INT] * 2, _INT, ("float32", "bfloat16")),
+    "widewrite": ([_POINTER] * 7 + [_SIZE] * 3 + [_INT] * 2, _INT, ("bfloat16", "float16")),
+}
 
 
 @functools.cache
 def function(name: str, dtype: torch.dtype) -> Any:
     """``name`` for operands of ``dtype``, or None if there is none."""
     found = library()
-    return None if found is None or dtype not in NAMES else getattr(found, f"{name}_{NAMES[dtype]}")
+    if found is None or NAMES.get(dtype) not in _SIGNATURES[name][2]:
+        return None
+    return getattr(found, f"{name}_{NAMES[dtype]}")
 
 
 @functools.cache
@@ -41,11 +50,9 @@ def library() -> ctypes.CDLL | None:
     here = Path(__file__).parent
     built: ctypes.CDLL | None = build_cpp("\n".join((here / f"{x}.cpp").read_text() for x in _FILES))
     if built is not None:
-        for start, ((pointers, sizes, ints), returned) in _SIGNATURES.items():
-            for name in NAMES.values():
-                function = getattr(built, f"{start}_{name}")
-                function.argtypes = (
-                    [ctypes.c_void_p] * pointers + [ctypes.c_int64] * sizes + [ctypes.c_int] * ints
-                )
-                function.restype = returned
+        for name, (taken, returned, dtypes) in _SIGNATURES.items():
+            for dtype in dtypes:
+                function = getattr(built, f"{name}_{dtype}")
+                function.argtypes, function.restype = taken, returned
+        built.multiply.argtypes, built.multiply.restype = [*[_POINTER] * 4, _FLOAT], _INT
     return built
