@@ -88,9 +88,9 @@ def same_library(x: Tensor, y: Tensor) -> Tensor:
 
 def rewritten(h: Tensor, t: Tensor, w0: Tensor, conv: Tensor, proj: Tensor, lr: float, chunk: int) -> Tensor:
     """What the rewrite pass makes of a layer without a state."""
-    wide = _PRODUCTS[t.dtype]
-    v = torch.ops.ttt.chunk_conv(t, conv * lr, None, chunk).to(wide) @ proj.to(wide)
-    return torch.ops.ttt.chunk_scan(h, v.to(t.dtype), w0, None, None, chunk)
+    c = torch.ops.ttt.chunk_conv(t, conv * lr, None, chunk)
+    v = torch.ops.ttt.chunk_project(c, proj, None, chunk)
+    return torch.ops.ttt.chunk_scan(h, v, w0, None, None, chunk)
 
 
 def compiled(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:

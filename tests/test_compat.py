@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
 import textwrap
@@ -180,6 +181,15 @@ def test_rooms_import_downwards_only():
                 if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
                     inside = f"{node.module}."
                     assert not any(inside.startswith(f"{b}.") for b in banned), (file, node.module)
+
+
+def test_torch_exports_the_products_of_its_onednn():
+    """Where they are missing, writes are torch's own: right, and up to twice as slow."""
+    assert processor.onednn_product()
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        assert all(map(processor.block_product, (torch.float32, torch.bfloat16)))
+    assert processor.block_product(torch.float16) is None
+    assert processor._symbol("no_such_function") is None
 
 
 def test_what_the_doctor_asks_inductor(monkeypatch, tmp_path):

@@ -368,6 +368,7 @@ def test_decode_chooses_by_written_tokens():
 def test_the_loop_of_this_processor_by_hand(monkeypatch):
     # First a processor that multiplies every dtype by its own units.
     monkeypatch.setattr(forms_cpu, "product_dtype", lambda dtype: dtype)
+    monkeypatch.setattr(forms_cpu, "writes_blocks", lambda dtype: False)
     device = replace(this_cpu(), l2=0)
     shape = ScanShape(tokens=100, d_model=8, d_ff=12, chunk=32, dtype=torch.float32)
     phases = {p.name: p for p in forms_cpu.recurrent(shape, device)}
@@ -385,6 +386,11 @@ def test_the_loop_of_this_processor_by_hand(monkeypatch):
     # A state in the core's own cache does not move.
     kept = {p.name: p for p in forms_cpu.recurrent(shape, replace(device, l2=2**20))}
     assert kept["write"].hbm == 0
+    # Writes in blocks read and write the state once, and leave the narrow copy on the way.
+    monkeypatch.setattr(forms_cpu, "writes_blocks", lambda dtype: True)
+    blocks = {p.name: p for p in forms_cpu.recurrent(replace(shape, dtype=torch.bfloat16), device)}
+    assert set(blocks) == {"apply", "finite", "write"}
+    assert blocks["write"].hbm == 3 * 96 * 10
     # Then one that multiplies in fp32: h is widened twice, v once, y is narrowed once.
     monkeypatch.setattr(forms_cpu, "product_dtype", lambda dtype: torch.float32)
     wide = {p.name: p for p in forms_cpu.recurrent(replace(shape, dtype=torch.bfloat16), device)}

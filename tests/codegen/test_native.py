@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from tests.tolerances import relative_error
 from ttt_compiler.codegen.cpu import conv, gemm, native
 from ttt_compiler.codegen.cpu.gemm import FastMatrix, product_dtype
-from ttt_compiler.codegen.cpu.native.conv import MAX_TAPS, convolve
+from ttt_compiler.codegen.cpu.native import blocks, products, squares
+from ttt_compiler.codegen.cpu.native.conv import MAX_TAPS, convolve, taps_gradient
 
 BOUNDS = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
@@ -88,3 +91,151 @@ def test_products_of_wide_operands_stay_as_they_are():
     assert product_dtype(torch.float32) == torch.float32
     assert product_dtype(torch.float64) == torch.float64
     assert product_dtype(torch.bfloat16) in (torch.bfloat16, torch.float32)
+
+
+# --- products and writes by oneDNN -----------------------------------------------------------------------
+
+NARROW = [torch.float32, torch.bfloat16, torch.float16]
+# Of up to 512 terms in fp32, one after the other.
+SUMS = 3e-6
+SIZES = [(1, 1, 1), (7, 5, 9), (64, 33, 300), (33, 300, 257), (512, 96, 520)]
+
+
+def has_blocks(dtype):
+    if not blocks.there_are_blocks(dtype):
+        pytest.skip("this processor's oneDNN makes no block products")
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize(("tokens", "d", "f"), SIZES)
+def test_a_write_in_blocks(tokens, d, f, dtype, threads):
+    """From a base, from zero, and upon what is there; the copy is W rounded once."""
+    has_blocks(dtype)
+    v, h, base = (torch.randn(s).to(dtype) for s in ((tokens, d), (tokens, f), (d, f)))
+    w, copy = torch.full((d, f), float("nan")), torch.empty(d, f, dtype=dtype)
+    exact = v.double().t() @ h.double()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert blocks.write(v, h, w, base, copy, written=False)
+        assert relative_error(w.double(), base.double() + exact) < SUMS
+        assert torch.equal(copy, w.to(dtype))
+        assert blocks.write(v, h, w, base, copy, written=True)
+        assert relative_error(w.double(), base.double() + 2 * exact) < SUMS
+        assert torch.equal(copy, w.to(dtype))
+        assert blocks.write(v, h, w, None, None, written=False)
+        assert relative_error(w.double(), exact) < SUMS
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_write_that_blocks_do_not_take_changes_nothing():
+    v, h, w = torch.randn(6, 8), torch.randn(6, 10), torch.zeros(8, 10)
+    for operands in (
+        (v.double(), h.double(), w),
+        (v, h.bfloat16(), w),
+        (v[:, ::2], h, w[:4]),
+        (v, h, w.double()),
+    ):
+        assert not blocks.write(*operands, None, None, written=True)
+    assert not blocks.write(v[:0], h[:0], w, None, None, written=True)
+    assert not w.any()
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_a_write_by_torch_alone(dtype, monkeypatch, without_compiler):
+    monkeypatch.setattr(blocks, "_function", lambda _: None)
+    v, h, w0 = torch.randn(9, 6).to(dtype), torch.randn(9, 7).to(dtype), torch.randn(6, 7).to(dtype)
+    matrix = FastMatrix(w0, torch.full((6, 7), float("nan")), dtype, name="test.w")
+    for count in (1, 2):
+        matrix.write(v, h)
+        exact = w0.double() + count * (v.double().t() @ h.double())
+        assert relative_error(matrix.master.double(), exact) < BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize(("m", "k", "n"), [(1, 1, 1), (5, 7, 3), (64, 96, 33)])
+def test_products(m, k, n, accumulate, dtype):
+    if not products._there(dtype):
+        pytest.skip("this processor's oneDNN makes no such product")
+    a, b = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)
+    exact = a.double() @ b.double()
+    for x in (a, a.t().contiguous().t()):
+        for y in (b, b.t().contiguous().t()):
+            out = torch.ones(m, n, dtype=dtype)
+            assert products.multiply(x, y, out, accumulate=accumulate)
+            assert relative_error(out.double(), exact + accumulate) < BOUNDS[dtype]
+
+
+def test_products_that_onednn_does_not_take():
+    out = torch.zeros(2, 4)
+    assert not products.multiply(torch.randn(2, 3).double(), torch.randn(3, 4).double(), out.double())
+    assert not products.multiply(torch.randn(2, 3), torch.randn(3, 4).bfloat16(), out)
+    assert not products.multiply(torch.randn(2, 0), torch.randn(0, 4), out)
+    assert not out.any()
+
+
+@pytest.mark.parametrize("amd", [False, True])
+def test_either_library_makes_the_same_product(amd, monkeypatch):
+    monkeypatch.setattr(gemm, "is_amd", lambda: amd)
+    a, b, bias = torch.randn(40, 12), torch.randn(12, 9), torch.randn(9)
+    out = torch.full((40, 9), float("nan"))
+    gemm.product(a, b, out)
+    assert relative_error(out.double(), a.double() @ b.double()) < 1e-6
+    gemm.product(a, b, out, accumulate=True)
+    assert relative_error(out.double(), 2 * a.double() @ b.double()) < 1e-6
+    gemm.apply(a, b.t().contiguous(), bias, out, "test")
+    assert relative_error(out.double(), a.double() @ b.double() + bias.double()) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_norms(dtype):
+    x = torch.randn(300, 257).to(dtype)
+    assert squares.norm(x) == pytest.approx(float(x.double().norm()), rel=1e-6)
+    assert squares.norm(x.t()) == pytest.approx(float(x.double().norm()), rel=1e-3)
+    assert squares.norm(x[:0]) == 0.0
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        x[299, 256] = bad
+        assert not math.isfinite(squares.norm(x))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("m", "k", "n"), [(1, 1, 1), (16, 7, 3), (300, 33, 700), (20, 600, 65)])
+def test_a_product_in_blocks(m, k, n, threads):
+    has_blocks(torch.float32)
+    a, b = torch.randn(m, k), torch.randn(k, n)
+    exact = a.double() @ b.double()
+    out = torch.full((m, n), float("nan"))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert blocks.product(a, b, out)
+        assert relative_error(out.double(), exact) < SUMS
+        assert blocks.product(a, b, out, accumulate=True)
+        assert relative_error(out.double(), 2 * exact) < SUMS
+    finally:
+        torch.set_num_threads(before)
+    assert not blocks.product(a, torch.randn(n, k).t(), out) or 1 in (n, k)
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("kernel", [1, 4, 5, 9])
+@pytest.mark.parametrize("size", [(7, 3), (2, 1, 65), (2, 3, 6, 130)])
+def test_gradient_of_the_taps(dtype, kernel, size):
+    grad, src = torch.randn(size).to(dtype), torch.randn(size).to(dtype)
+    taps = torch.zeros(kernel, size[-1], dtype=torch.float64, requires_grad=True)
+    rows = size[-2]
+    out = torch.zeros(size, dtype=torch.float64)
+    for k in range(kernel):
+        shift = k - kernel // 2
+        first, last = max(0, -shift), min(rows, rows - shift)
+        if first < last:
+            moved = src.double()[..., first + shift : last + shift, :]
+            out = out + torch.nn.functional.pad(taps[k] * moved, (0, 0, first, rows - last))
+    out.backward(grad.double())
+    got = torch.zeros(kernel, size[-1], dtype=torch.float64)
+    assert taps_gradient(grad, src, got)
+    assert relative_error(got, taps.grad) < 1e-6
+    assert not taps_gradient(grad, src[..., :1, :].expand(size), got) or rows == 1

@@ -35,7 +35,7 @@ def positions(length=23):
 
 
 def stateless(h, t, w0, conv, proj, bias, pos, chunk=C):
-    v = torch.ops.ttt.chunk_conv(t, conv, pos, chunk) @ (proj * LR)
+    v = torch.ops.ttt.chunk_project(torch.ops.ttt.chunk_conv(t, conv * LR, pos, chunk), proj, pos, chunk)
     return torch.ops.ttt.chunk_scan(h, v, w0, bias, pos, chunk)
 
 
@@ -96,6 +96,27 @@ def test_gradients(pos):
     plain = torch.autograd.grad(reference.batched(h, t, w0, conv, proj, LR, C, pos, bias), args, weights)
     for name, a, b in zip(("h", "t", "w0", "conv", "proj", "bias"), ours, plain, strict=True):
         assert relative_error(a, b) < FP64, name
+
+
+@pytest.mark.parametrize("pos", [None, positions()], ids=["whole", "documents"])
+@pytest.mark.parametrize("length", [1, 5, 6, 23])
+def test_targets_of_last_chunks_are_not_made(length, pos):
+    """Nobody reads them: zeros, and no gradient."""
+    _, t, _, _, proj, _ = problem(length, grad=True)
+    p = None if pos is None else pos[:, :length]
+    v = torch.ops.ttt.chunk_project(t, proj, p, C)
+    made = torch.zeros(B, length, dtype=torch.bool)
+    starts = [[0]] * B if p is None else [row.eq(0).nonzero().flatten().tolist() for row in p]
+    for b, begun in enumerate(starts):
+        for start, bound in zip(begun, [*begun, length][1:], strict=True):
+            stop = bound if p is None else start + int((p[b, start:bound] >= 0).sum())
+            made[b, start : start + (stop - start - 1) // C * C] = True
+    assert torch.equal(v, torch.where(made[..., None], t @ proj, 0.0))
+    grad = torch.randn_like(v)
+    got = torch.autograd.grad(v, (t, proj), grad)
+    want = torch.autograd.grad(torch.where(made[..., None], t @ proj, 0.0), (t, proj), grad)
+    assert all(relative_error(a, b) < FP64 for a, b in zip(got, want, strict=True) if b.any())
+    assert all(not a.any() for a, b in zip(got, want, strict=True) if not b.any())
 
 
 def test_gradcheck():
@@ -214,6 +235,8 @@ def test_opcheck(pos):
     check = torch.library.opcheck
     check(torch.ops.ttt.chunk_conv.default, (t, conv, pos, C))
     check(torch.ops.ttt.chunk_conv_dweight.default, (v.detach(), t.detach(), pos, C, K))
+    check(torch.ops.ttt.chunk_project.default, (t, proj, pos, C))
+    check(torch.ops.ttt.chunk_project_dweight.default, (v.detach(), t.detach(), pos, C))
     check(torch.ops.ttt.chunk_scan.default, (h, v, w0, bias, pos, C))
     check(torch.ops.ttt.chunk_scan.default, (h, v, w0, None, pos, C))
     check(

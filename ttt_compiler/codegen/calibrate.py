@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from ttt_compiler.codegen.cpu.gemm import is_amd, writes_blocks
+from ttt_compiler.codegen.cpu.native.blocks import write
 from ttt_compiler.codegen.cpu.native.products import multiply
-from ttt_compiler.codegen.cpu.native.write import write
 from ttt_compiler.codegen.devices import GB, KIB, MIB, Device, Fraction
 
 # A GEMM as the scan makes it: a chunk of tokens against a matrix beyond the private caches.

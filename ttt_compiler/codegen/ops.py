@@ -4,8 +4,8 @@
   only exists to carry parameters, positions and state into the captured graph, and names the weight by
   being given it; the rewrite pass removes it. Running it means that the model is not compiled with our
   backend, so its kernel raises. It returns its first argument.
-- ``ttt::chunk_conv``, ``ttt::limit_writes``, ``ttt::chunk_scan`` (+ their backward ops): the stateless,
-  differentiable form.
+- ``ttt::chunk_conv``, ``ttt::chunk_project``, ``ttt::limit_writes``, ``ttt::chunk_scan`` (+ their backward
+  ops): the stateless, differentiable form. On GPUs the projection is an ordinary matmul instead.
 - ``ttt::chunk_table``, ``ttt::chunk_places``: chunks of a batch for kernels that must not wait for the host.
 - ``ttt::fast_weight_step``: the stateful form; mutates the running sequence's tensors.
 
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ttt_compiler.codegen.cpu import controls as cpu_controls
 from ttt_compiler.codegen.cpu import conv as cpu_conv
+from ttt_compiler.codegen.cpu import project as cpu_project
 from ttt_compiler.codegen.cpu import scan as cpu_scan
 from ttt_compiler.codegen.cpu import step as cpu_step
 from ttt_compiler.codegen.gpu.library import chunk_scan_backward_library
@@ -52,6 +53,8 @@ _lib.define("skip_nonfinite(Tensor? table, Tensor v, Tensor h, int chunk) -> Ten
 _lib.define("chunk_places(Tensor pos, int chunk) -> Tensor")
 _lib.define("chunk_conv(Tensor t, Tensor conv, Tensor? pos, int chunk) -> Tensor")
 _lib.define("chunk_conv_dweight(Tensor dv, Tensor t, Tensor? pos, int chunk, int kernel) -> Tensor")
+_lib.define("chunk_project(Tensor c, Tensor proj, Tensor? pos, int chunk) -> Tensor")
+_lib.define("chunk_project_dweight(Tensor dv, Tensor c, Tensor? pos, int chunk) -> Tensor")
 _lib.define(
     "limit_writes(Tensor v, Tensor h, Tensor? limit, Tensor? pos, int chunk, bool unit_keys) -> Tensor"
 )
@@ -149,6 +152,8 @@ _lib.impl("chunk_places", chunk_places, "CompositeExplicitAutograd")
 _lib.impl("chunk_scan_backward_library", chunk_scan_backward_library, "CompositeExplicitAutograd")
 _lib.impl("chunk_conv", cpu_conv.chunk_conv, "CPU")
 _lib.impl("chunk_conv_dweight", cpu_conv.chunk_conv_dweight, "CPU")
+_lib.impl("chunk_project", cpu_project.chunk_project, "CPU")
+_lib.impl("chunk_project_dweight", cpu_project.chunk_project_dweight, "CPU")
 _lib.impl("limit_writes", cpu_controls.limit_writes, "CPU")
 _lib.impl("limit_writes_backward", cpu_controls.limit_writes_backward, "CPU")
 _lib.impl("chunk_scan", cpu_scan.chunk_scan, "CPU")
@@ -223,6 +228,17 @@ def _(dv: Tensor, t: Tensor, pos: Tensor | None, chunk: int, kernel: int) -> Ten
     return t.new_empty(t.shape[-1], 1, kernel)
 
 
+@torch.library.register_fake("ttt::chunk_project", lib=_lib)
+def _(c: Tensor, proj: Tensor, pos: Tensor | None, chunk: int) -> Tensor:
+    torch._check(c.shape[-1] == proj.shape[0], lambda: "c and proj disagree on the width of a target")
+    return c.new_empty(*c.shape[:-1], proj.shape[1])
+
+
+@torch.library.register_fake("ttt::chunk_project_dweight", lib=_lib)
+def _(dv: Tensor, c: Tensor, pos: Tensor | None, chunk: int) -> Tensor:
+    return c.new_empty(c.shape[-1], dv.shape[-1])
+
+
 @torch.library.register_fake("ttt::limit_writes", lib=_lib)
 def _(v: Tensor, h: Tensor, *_: object) -> Tensor:
     return torch.empty_like(v, memory_format=torch.contiguous_format)
@@ -277,6 +293,18 @@ def _conv_backward(ctx: Any, dv: Tensor) -> tuple[Any, ...]:
     return dt, dw, None, None
 
 
+def _project_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *saved, ctx.chunk = inputs
+    ctx.save_for_backward(*saved)
+
+
+def _project_backward(ctx: Any, dv: Tensor) -> tuple[Any, ...]:
+    c, proj, pos = ctx.saved_tensors
+    dc = torch.ops.ttt.chunk_project(dv, proj.t(), pos, ctx.chunk) if ctx.needs_input_grad[0] else None
+    dp = torch.ops.ttt.chunk_project_dweight(dv, c, pos, ctx.chunk) if ctx.needs_input_grad[1] else None
+    return dc, dp, None, None
+
+
 def _scan_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     h, v, w0, bias, pos, *ctx.constants = inputs
     ctx.save_for_backward(h, v, w0, pos)
@@ -301,5 +329,8 @@ def _limit_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 torch.library.register_autograd("ttt::chunk_conv", _conv_backward, setup_context=_conv_setup, lib=_lib)
+torch.library.register_autograd(
+    "ttt::chunk_project", _project_backward, setup_context=_project_setup, lib=_lib
+)
 torch.library.register_autograd("ttt::limit_writes", _limit_backward, setup_context=_limit_setup, lib=_lib)
 torch.library.register_autograd("ttt::chunk_scan", _scan_backward, setup_context=_scan_setup, lib=_lib)

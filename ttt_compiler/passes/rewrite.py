@@ -1,9 +1,9 @@
 """Pass: turn every bound down-projection into a fast-weight node.
 
-With state tensors in the marker: one mutating ``ttt::fast_weight_step``. Without: ``ttt::chunk_conv``, the
-projection P as an ordinary matmul with eta folded in, and ``ttt::chunk_scan``, all differentiable. What
-stood around the contraction (bias adds, dropout, norms, residual) is untouched. May be changed here: the
-replacement, together with the op schemas.
+With state tensors in the marker: one mutating ``ttt::fast_weight_step``. Without: ``ttt::chunk_conv`` with
+eta folded into its taps, the projection P (``ttt::chunk_project``, on GPUs an ordinary matmul), and
+``ttt::chunk_scan``, all differentiable. What stood around the contraction (bias adds, dropout, norms,
+residual) is untouched. May be changed here: the replacement, together with the op schemas.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import torch
 from torch import fx
 
 from ttt_compiler.compat import is_wrapper_tensor, meta_tensor
-from ttt_compiler.compat.processor import product_dtype
 from ttt_compiler.errors import GraphRewriteError
 from ttt_compiler.passes.base import BoundSite, GraphPass, PassState
 from ttt_compiler.passes.sequence_layout import SequenceLayout
@@ -100,7 +99,10 @@ def _fast_node(
     taps = b.call(operator.mul, conv, spec.write_scale)
     v = b.call(torch.ops.ttt.chunk_conv.default, t, taps, site.pos, spec.chunk)
     if proj is not None:
-        v = b.product(v, proj)
+        if b.device.type == "cpu":
+            v = b.call(torch.ops.ttt.chunk_project.default, v, proj, site.pos, spec.chunk)
+        else:
+            v = b.call(torch.matmul, v, proj)
     if rule.limited or rule.keys == "unit":
         limit = _limit(b, w0, rule)
         unit = rule.keys == "unit"
@@ -143,14 +145,6 @@ class _Builder:
 
     def method(self, name: str, *args: Any) -> fx.Node:
         return self.graph.call_method(name, args)
-
-    def product(self, x: fx.Node, y: fx.Node) -> fx.Node:
-        """``x @ y`` in the graph's dtype, made in fp32 on a processor without a unit for narrower ones."""
-        wide = product_dtype(self.dtype) if self.device.type == "cpu" else self.dtype
-        if wide == self.dtype:
-            return self.call(torch.matmul, x, y)
-        out = self.call(torch.matmul, *(self.method("to", z, wide) for z in (x, y)))
-        return self.method("to", out, self.dtype)
 
     def cast(self, node: fx.Node) -> fx.Node:
         value = meta_tensor(node)

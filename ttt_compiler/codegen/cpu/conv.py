@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ttt_compiler.codegen.cpu.native.conv import convolve as by_loop
+from ttt_compiler.codegen.cpu.native.conv import taps_gradient
 from ttt_compiler.codegen.segments import documents, row_runs
 
 
@@ -39,12 +40,15 @@ def chunk_conv(
 
 
 def chunk_conv_dweight(dv: Tensor, t: Tensor, pos: Tensor | None, chunk: int, kernel: int) -> Tensor:
-    """Gradient of :func:`chunk_conv` for its taps, ``[Dt, 1, K]``, accumulated in fp32 or better."""
-    acc = torch.zeros(kernel, t.shape[-1], dtype=torch.promote_types(t.dtype, torch.float32))
-    for grad, src in _chunk_views(pos, chunk, dv, t):
+    """Gradient of :func:`chunk_conv` for its taps, ``[Dt, 1, K]``, accumulated in fp32 within a chunk."""
+    acc = torch.zeros(kernel, t.shape[-1], dtype=torch.float64)
+    for grad, src in _chunk_views(pos, chunk, dv.contiguous(), t.contiguous()):
+        if taps_gradient(grad, src, acc):
+            continue
         for k, (to, frm) in enumerate(_overlaps(src.shape[-2], kernel)):
             prod = grad[..., to, :] * src[..., frm, :]
-            acc[k] += prod.sum(dim=tuple(range(prod.dim() - 1)), dtype=acc.dtype)
+            summed = torch.promote_types(t.dtype, torch.float32)
+            acc[k] += prod.sum(dim=tuple(range(prod.dim() - 1)), dtype=summed)
     return acc.t()[:, None].to(t.dtype).contiguous()
 
 

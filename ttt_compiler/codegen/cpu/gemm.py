@@ -4,7 +4,7 @@ May be changed here: the choice of call, with a measurement. The rule in force: 
 that exist already (fresh large tensors cost about eight times their fill in page faults); fp32 products of
 more than a few rows go to oneDNN on AMD processors, where MKL takes slower kernels (measured 0.74-0.96 of
 MKL's time), and to MKL elsewhere; a write goes block by block there and wherever the processor multiplies the
-operands' 16-bit dtype itself (:mod:`.native.write`), else it is ``addmm`` in place; products of 16-bit
+operands' 16-bit dtype itself (:mod:`.native.blocks`), else it is ``addmm`` in place; products of 16-bit
 operands are made in fp32 where the processor has no unit for them (measured 4.8 times as fast for bf16, 10
 times for fp16).
 """
@@ -18,9 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ttt_compiler.codegen.cpu.native import blocks
 from ttt_compiler.codegen.cpu.native.products import multiply
-from ttt_compiler.codegen.cpu.native.write import there_are_blocks
-from ttt_compiler.codegen.cpu.native.write import write as write_blocks
 from ttt_compiler.compat.processor import product_dtype
 
 # Measured at D=1024 F=3072: 16 rows 68 GF/s by oneDNN, 54 by MKL; one row 24 and 25.
@@ -94,8 +93,11 @@ def _apply(h: Tensor, w: Tensor, bias: Tensor | None, out: Tensor) -> None:
 
 def product(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
     """``out = a @ b``, or ``out += a @ b``, of one dtype, by the faster library."""
-    if _by_onednn(a) and multiply(a, b, out, accumulate=accumulate):
-        return
+    if _by_onednn(a):
+        # Blocks are faster unless b is transposed, and then they do not take it.
+        for way in (blocks.product, multiply):
+            if way(a, b, out, accumulate=accumulate):
+                return
     if accumulate:
         out.addmm_(a, b)
     else:
@@ -108,7 +110,7 @@ def _by_onednn(a: Tensor) -> bool:
 
 def writes_blocks(dtype: torch.dtype) -> bool:
     """Whether a write of operands of ``dtype`` goes block by block, by the compiled loop."""
-    return (is_amd() or product_dtype(dtype) == dtype != torch.float32) and there_are_blocks(dtype)
+    return (is_amd() or product_dtype(dtype) == dtype != torch.float32) and blocks.there_are_blocks(dtype)
 
 
 def _dtype_of(x: Tensor) -> torch.dtype:
@@ -246,7 +248,7 @@ class FastMatrix:
     def write(self, v: Tensor, h: Tensor) -> None:
         """``W += v.T @ h`` with fp32 accumulation. v ``[m, D]``, h ``[m, F]``."""
         copy = self._new_shadow() if self._needs_shadow else None
-        if writes_blocks(self.dtype) and write_blocks(
+        if writes_blocks(self.dtype) and blocks.write(
             v, h, self.master, self.base, copy, written=self.written
         ):
             self.written, self._shadow = True, copy

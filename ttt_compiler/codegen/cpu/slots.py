@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ttt_compiler.codegen.cpu import gemm
 from ttt_compiler.codegen.cpu.gemm import FastMatrix, workspace
-from ttt_compiler.codegen.cpu.native.write import write as write_blocks
+from ttt_compiler.codegen.cpu.native import blocks
 from ttt_compiler.codegen.layout import FACTORED, SLOT, WRITES, factored_rows
 
 
@@ -123,7 +123,7 @@ class RowMatrix:
         # The rows lie in the slot that the matrix will take: it is made beside it.
         made = workspace("step.unfold", tuple(slot.shape), slot.dtype)
         if not (
-            gemm.writes_blocks(self.stored) and write_blocks(values, keys, made, self.w0, None, written=False)
+            gemm.writes_blocks(self.stored) and blocks.write(values, keys, made, self.w0, None, written=False)
         ):
             torch.mm(values.to(slot.dtype).t(), keys.to(slot.dtype), out=made)
             made.add_(self.w0)

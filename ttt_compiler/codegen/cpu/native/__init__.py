@@ -23,15 +23,16 @@ NAMES = {
     torch.bfloat16: "bfloat16",
     torch.float16: "float16",
 }
-_FILES = ("numbers", "conv", "decode", "squares", "write", "products")
+_FILES = ("numbers", "conv", "decode", "squares", "blocks", "products")
 _INT, _SIZE, _POINTER, _FLOAT = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
 # Per function of one dtype: what it takes, what it returns, and the dtypes that there are.
 _SIGNATURES: dict[str, tuple[list[Any], Any, tuple[str, ...]]] = {
     "conv": ([_POINTER] * 3 + [_SIZE] * 4 + [_INT], None, tuple(NAMES.values())),
+    "taps": ([_POINTER] * 3 + [_SIZE] * 4 + [_INT], None, tuple(NAMES.values())),
     "decode": ([_POINTER] * 11 + [_SIZE] * 8 + [_INT] * 2, _INT, tuple(NAMES.values())),
     "squares": ([_POINTER, _SIZE, _INT], ctypes.c_double, tuple(NAMES.values())),
-    "write": ([_POINTER] * 7 + [_SIZE] * 3 + [_INT] * 2, _INT, ("float32", "bfloat16")),
-    "widewrite": ([_POINTER] * 7 + [_SIZE] * 3 + [_INT] * 2, _INT, ("bfloat16", "float16")),
+    "blocks": ([_POINTER] * 7 + [_SIZE] * 3 + [_INT] * 3, _INT, ("float32", "bfloat16")),
+    "wideblocks": ([_POINTER] * 7 + [_SIZE] * 3 + [_INT] * 3, _INT, ("bfloat16", "float16")),
 }
 
 

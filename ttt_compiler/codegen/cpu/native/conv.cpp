@@ -44,12 +44,42 @@ void conv(const T* src, const A* taps, T* out, int64_t chunks, int64_t rows, int
   }
 }
 
+// out[k, d] += sum over chunks c and rows i of grad[c, i, d] src[c, i + k - K/2, d]: sums of a chunk in A, of
+// chunks in double.
+template <typename T, typename A>
+void taps(const T* grad, const T* src, double* out, int64_t chunks, int64_t rows, int64_t width, int64_t kernel,
+          int threads) {
+  constexpr int64_t kWidth = 64;
+  const int64_t half = kernel / 2, blocks = (width + kWidth - 1) / kWidth;
+#pragma omp parallel for num_threads(threads)
+  for (int64_t i = 0; i < blocks; ++i) {
+    const int64_t first = i * kWidth, count = std::min(kWidth, width - first);
+    for (int64_t c = 0; c < chunks; ++c) {
+      A sum[kTaps][kWidth] = {};
+      for (int64_t r = 0; r < rows; ++r) {
+        const T* g = grad + (c * rows + r) * width + first;
+        for (int64_t k = std::max<int64_t>(0, half - r); k < std::min(kernel, rows - r + half); ++k) {
+          const T* x = src + (c * rows + r + k - half) * width + first;
+#pragma omp simd
+          for (int64_t d = 0; d < count; ++d) sum[k][d] += A(widen(g[d])) * widen(x[d]);
+        }
+      }
+      for (int64_t k = 0; k < kernel; ++k)
+        for (int64_t d = 0; d < count; ++d) out[k * width + first + d] += sum[k][d];
+    }
+  }
+}
+
 }  // namespace
 
 #define TTT_CONV(NAME, T, A)                                                                             \
   extern "C" void conv_##NAME(const T* src, const A* taps, T* out, int64_t chunks, int64_t rows,         \
                               int64_t width, int64_t kernel, int threads) {                              \
     conv<T, A>(src, taps, out, chunks, rows, width, kernel, threads);                                    \
+  }                                                                                                      \
+  extern "C" void taps_##NAME(const T* grad, const T* src, double* out, int64_t chunks, int64_t rows,    \
+                              int64_t width, int64_t kernel, int threads) {                              \
+    taps<T, A>(grad, src, out, chunks, rows, width, kernel, threads);                                    \
   }
 
 TTT_CONV(float32, float, float)
