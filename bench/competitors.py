@@ -151,6 +151,7 @@ def forward(layer: Layer) -> dict[str, Run]:
         "ours": lambda: ours(*args),
         "official training form": lambda: stacked(*args),
         "official training form, compiled": lambda: all_at_once(*args),
+        "official inference loop": _by_row(loop, args),
     }
     if other_library(layer):
         found["official training form, our library"] = lambda: stacked(*args, same_library)

@@ -25,6 +25,8 @@ from ttt_compiler.spec import CONV, PROJ
 BOUND, AS_BAD = 1e-3, 1.5
 # Tokens of a call of a decoder: so many steps, and no chunk ends in any round.
 STEPS = 8
+# Steps of which the one in the middle completes a chunk.
+BORDER = 32
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "small": {
@@ -53,14 +55,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Which model, how many tokens T it reads, in which dtype."""
+    """Which model, how many tokens T it reads, in which dtype, in chunks of C."""
 
     name: str
     tokens: int
     dtype: str = "float32"
+    chunk: int = CHUNK
 
     def __str__(self) -> str:
-        return f"{self.name} T={self.tokens} {self.dtype}"
+        return f"{self.name} T={self.tokens} C={self.chunk} {self.dtype}"
 
 
 class Models:
@@ -75,13 +78,13 @@ class Models:
         self.static: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         shared = {id(p): p for p in self.static.parameters()}
         self.fast: nn.Module = ttt.convert(
-            copy.deepcopy(self.static, shared), ttt.TTTConfig(layers="every:6", chunk_size=CHUNK, lr=LR)
+            copy.deepcopy(self.static, shared), ttt.TTTConfig(layers="every:6", chunk_size=shape.chunk, lr=LR)
         )
         for name, p in self.fast.named_parameters():
             if name.endswith((CONV, PROJ)):
                 p.copy_(torch.randn(p.shape) * 0.02)
         layers = [int(s.key.split(".")[2]) for s in ttt.Session(self.fast).state.specs]
-        self.published = official(self.fast, layers, CHUNK, LR)
+        self.published = official(self.fast, layers, shape.chunk, LR)
         g = torch.Generator().manual_seed(0)
         self.ids = torch.randint(0, config.vocab_size, (1, shape.tokens), generator=g)
         self.shape, self.dtype = shape, getattr(torch, shape.dtype)
@@ -122,13 +125,36 @@ class Models:
         plain = copy.deepcopy(self.static)
         self.static.compile(dynamic=True)
         self.fast.compile(backend="inplace_ttt", dynamic=True)
-        prompt = self.shape.tokens // CHUNK * CHUNK + CHUNK // 4
+        prompt = self.shape.tokens // self.shape.chunk * self.shape.chunk + self.shape.chunk // 4
         found: dict[str, Callable[[], object]] = {
             "static": Decoder(self.static, 1, prompt, fast=False, prefill=plain),
             "ours": Decoder(self.fast, 1, prompt, fast=True),
             "official": OneByOne(self.published, 1, prompt),
         }
         return {name: _steps(decoder) for name, decoder in found.items()}
+
+    @torch.no_grad()
+    def across_a_border(self, clock: Callable[[], float], rounds: int) -> tuple[list[float], list[int]]:
+        """Seconds of each of :data:`BORDER` steps, medians over ``rounds``, and the chunks written by them.
+
+        The model is compiled already. The step in the middle completes a chunk, of every fast layer at once.
+        """
+        prompt = self.shape.tokens // self.shape.chunk * self.shape.chunk - BORDER // 2
+        taken, written = [], []
+        for _ in range(rounds):
+            decoder = Decoder(self.fast, 1, prompt, fast=True)
+            state = decoder.cache.ttt
+            key = state.specs[0].key
+            before = state.chunks_written[key][0]
+            decoder()
+            steps = []
+            for _ in range(BORDER):
+                start = clock()
+                decoder()
+                steps.append(clock() - start)
+            taken.append(steps)
+            written.append(state.chunks_written[key][0] - before)
+        return torch.tensor(taken).median(0).values.tolist(), written
 
     def _read(self, model: nn.Module) -> Tensor:
         return model(input_ids=self.ids, use_cache=False).logits

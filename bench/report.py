@@ -26,10 +26,13 @@ LEGEND = (
     "  of a decode step, a product that reads the same bytes.",
     "Beyond the peak and below the floor: 16-bit operands that are multiplied in fp32, where that is faster.",
 )
+_MEMORY = ("variable", "values", "bytes", "extra_bytes", "extra_ratio")
 # Fields without which a table of that kind has holes.
 _NEEDED = {
     "growth": ("times", "variable", "values", "fit", "bytes", "fit_bytes"),
     "border": ("steps",),
+    **dict.fromkeys(("memory, forward", "memory, training"), (*_MEMORY, "fit_bytes", "fit_extra")),
+    "startup": ("seconds", "ratio"),
     **dict.fromkeys(("forward", "prefill", "training"), ("times", "flops", "static_flops", "ours_over")),
 }
 _HEAD = ("case", "competitor", "ms", "/ base", "ours / it", "GFLOP/s", "of peak", "/ floor")
@@ -58,6 +61,10 @@ def report(cases: Sequence[Case]) -> list[Block]:
                 blocks += itertools.chain.from_iterable(map(_growth, alike))
             elif kind == "border":
                 blocks.append(_border(alike))
+            elif kind.startswith("memory, "):
+                blocks += map(_memory, alike)
+            elif kind == "startup":
+                blocks += map(_startup, alike)
             else:
                 rows = [row for c in alike for row in _rows(c, rates.get(c.machine))]
                 blocks.append(Block(kind.capitalize(), head=_HEAD, rows=rows))
@@ -139,6 +146,28 @@ def steps(case: Case) -> dict[str, list[float]]:
     """Of a decode across a chunk's border: per competitor the seconds of each step, ours if none is named."""
     found = case.info.get("steps") or {}
     return {n: taken for n, taken in (found if isinstance(found, dict) else {OURS: found}).items() if taken}
+
+
+def _memory(case: Case) -> Block:
+    """A row per value of the variable: peaks, what is beyond the static layer's, ours by the official's."""
+    title = f"{case.kind.capitalize()}: {case.label}"
+    if case.lacks(*_MEMORY):
+        return Block(title, ["no figures"])
+    variable, values, peak, extra, ratios = (case.info[n] for n in _MEMORY)
+    columns = [[_number(m, 2**-20) for m in taken] for taken in (*peak.values(), *extra.values())]
+    rows = [[str(x), *cells, f"{r:.2f}"] for x, *cells, r in zip(values, *columns, ratios, strict=True)]
+    fits = [fit(case, "fit_bytes", n) for n in peak] + [fit(case, "fit_extra", n) for n in extra]
+    head = (variable, *(f"{n} MiB" for n in peak), *(f"{n}, extra" for n in extra), "extra, ours / official")
+    return Block(title, head=head, rows=[*rows, ["fit", *fits, ""]])
+
+
+def _startup(case: Case) -> Block:
+    """A row per start: seconds of its phases."""
+    seconds = case.info.get("seconds") or {}
+    phases = list(next(iter(seconds.values()), {}))
+    rows = [[name, *(f"{taken[p]:.2f}" for p in phases)] for name, taken in seconds.items()]
+    lines = [f"ours / static, {how}: {ratio:.2f}" for how, ratio in (case.info.get("ratio") or {}).items()]
+    return Block("Seconds of a start", lines, ("start", *phases), rows)
 
 
 def _border(cases: Sequence[Case]) -> Block:

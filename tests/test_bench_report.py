@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from bench import plots, report, results
+from bench import goals, plots, report, results
 from ttt_compiler import suite
 from ttt_compiler.cli import app
 from ttt_compiler.errors import TTTError
@@ -59,6 +59,24 @@ LAYERS = {
     "fit_bytes": {"ours": {"slope": 2.0**19, "intercept": 2.0**20, "r2": 1.0}},
 }
 BORDER = {"kind": "border", "shape": SHAPE, "steps": {"ours": [0.001, 0.001, 0.009], "static": [0.001] * 3}}
+MEMORY = {
+    "kind": "memory, training",
+    "shape": {**SHAPE, "variable": "T"},
+    "variable": "T",
+    "values": [256, 512],
+    "bytes": {"static": [2**20, 2**21], "ours": [2**21, 2**22], "official": [2**22, 2**24]},
+    "extra_bytes": {"ours": [2**20, 2**21], "official": [3 * 2**20, 14 * 2**20]},
+    "extra_ratio": [1 / 3, 1 / 7],
+    "fit_bytes": {"ours": {"exponent": 1.0, "r2": 1.0}},
+    "fit_extra": {"ours": {"exponent": 1.0, "r2": 1.0}, "official": {"exponent": 2.22, "r2": 1.0}},
+}
+PHASES = {"import": 1.5, "first call": 6.0, "until the first answer": 9.0}
+STARTUP = {
+    "kind": "startup",
+    "shape": {"model": "Llama"},
+    "seconds": {"static, cold": PHASES, "ours, cold": {**PHASES, "first call": 7.25}},
+    "ratio": {"cold": 1.14},
+}
 
 
 @pytest.fixture
@@ -121,7 +139,38 @@ def test_growth_border_and_layers(record):
     assert "ours" in line
 
 
-@pytest.mark.parametrize("info", [PREFILL, GROWTH, LAYERS, BORDER], ids=lambda i: i["kind"])
+def test_memory_and_starts(record):
+    blocks = {b.title: b for b in report.report(results.load([record(MEMORY, STARTUP)]))}
+    memory = next(b for title, b in blocks.items() if title.startswith("Memory, training"))
+    assert memory.rows[1] == ["512", "2", "4", "16", "2", "14", "0.14"]
+    assert memory.rows[2][5] == "T^2.22, R² 1.000"
+    start = blocks["Seconds of a start"]
+    assert start.lines == ["ours / static, cold: 1.14"]
+    assert start.rows[1] == ["ours, cold", "1.50", "7.25", "9.00"]
+
+
+def test_goals(record):
+    """The worst case counts; what no case is about is not measured."""
+    slow = {**PREFILL, "times": {**PREFILL["times"], "ours": timed(0.0209, 1.9)}}
+    ours = {"official training form": {"ratio": 0.5, "low": 0.4, "high": 0.625}}
+    shape = {"d": 1024, "f": 3072, "tokens": 4096, "chunk": 512, "batch": 1, "dtype": "float32"}
+    forward = {**slow, "kind": "forward", "shape": shape, "ours_over": ours}
+    slower = {**forward, "ours_over": {"official inference loop": {"ratio": 1.25, "low": 1.2, "high": 1.3}}}
+    host = {"kind": "host", "shape": {}, "times": {"static": timed(2e-6, 1.0), "ours": timed(19e-6, 9.5)}}
+    border = {**BORDER, "shape": {"d": 1024}, "worst": 9.0}
+    files = [record(forward, slower, host, border), record(forward, name="tuned.json", allocator="tuned")]
+    rows = {row[0]: row[1:4] for row in goals.table(results.load(files)).rows}
+    assert rows["forward float32, T=4096 C=512: / FLOP floor"] == ("<= 1.05", "1.04 [0.907, 1.18]", "yes")
+    gain = "official training form / ours, fp32 C=512"
+    assert rows[gain] == (">= 1.85", "2 [1.6, 2.5]", "yes")
+    assert rows[f"{gain}, tuned allocator"] == (">= 1.3", "2 [1.6, 2.5]", "yes")
+    assert rows["forward, whole grid: ours / either official form"] == ("<= 1", "1.25 [1.2, 1.3]", "NO")
+    assert rows["decode, a step's host time in microseconds"] == ("<= 15", "17", "NO")
+    assert rows["decode, one layer: longest step / median, C<=512"] == ("<= 3", "9", "NO")
+    assert rows["decode, B=1: / static"][1:] == ("-", "not measured")
+
+
+@pytest.mark.parametrize("info", [PREFILL, GROWTH, LAYERS, BORDER, MEMORY, STARTUP], ids=lambda i: i["kind"])
 def test_any_field_may_be_missing(record, tmp_path, info):
     for gone in info:
         left = {name: value for name, value in info.items() if name != gone}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import statistics
+
 import pytest
 import torch
 
 from bench.decode import CHUNK, LR, gate
+from bench.measure import clock_of
 from bench.model import STEPS, Models, ModelShape
 
 
@@ -38,7 +41,7 @@ def test_logits(compare, benchmark, shape):
             runs,
             rounds=5,
             kind="model logits",
-            shape={**vars(shape), "chunk": CHUNK, "lr": LR},
+            shape={**vars(shape), "lr": LR},
             errors=errors,
         )
     benchmark.extra_info["seconds_per_token"] = {n: x["seconds"] / shape.tokens for n, x in times.items()}
@@ -57,7 +60,31 @@ def test_model_decode(compare, benchmark, shape):
             runs,
             rounds=7,
             kind="model decode",
-            shape={**vars(shape), "chunk": CHUNK, "lr": LR, "batch": 1},
+            shape={**vars(shape), "lr": LR, "batch": 1},
             repeats=STEPS,
         )
     benchmark.extra_info["seconds_per_token"] = {n: x["seconds"] for n, x in times.items()}
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [ModelShape(name, 1024, chunk=512) for name in ("SmolLM2-135M", "Qwen3-0.6B")],
+    ids=str,
+)
+def test_model_border(benchmark, shape):
+    """What a user sees of a write: the steps around a chunk's end, where every fast layer writes at once."""
+    models = Models(shape)
+    clock, rounds = clock_of(torch.get_num_threads()), 3
+    with torch.no_grad():
+        models.fast.compile(backend="inplace_ttt", dynamic=True)
+        gate(models.fast, models.published)
+        steps, written = benchmark.pedantic(lambda: models.across_a_border(clock, rounds), rounds=1)
+    assert written == [1] * rounds, f"{written} chunks were written: no timing"
+    median = statistics.median(steps)
+    benchmark.extra_info |= {
+        "kind": "border",
+        "shape": {**vars(shape), "lr": LR},
+        "steps": {"ours": steps},
+        "median": median,
+        "worst": max(steps) / median,
+    }

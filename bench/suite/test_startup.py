@@ -6,7 +6,7 @@ import statistics
 
 import pytest
 
-from bench.startup import WHO, fresh
+from bench.startup import CHUNK, TOKENS, WHO, fresh
 
 
 @pytest.mark.parametrize(
@@ -37,6 +37,7 @@ def test_startup(benchmark, tmp_path, rounds):
     answered = {name: phases["until the first answer"] for name, phases in seconds.items()}
     benchmark.extra_info |= {
         "kind": "startup",
+        "shape": {"model": "Llama, 1 layer, D=64", "tokens": TOKENS, "chunk": CHUNK},
         "seconds": seconds,
         "ratio": {how: answered[f"ours, {how}"] / answered[f"static, {how}"] for how in ("cold", "warm")},
     }

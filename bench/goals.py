@@ -1,0 +1,213 @@
+"""What was to be reached, and what a run reached: ``python -m bench.goals FILE... [--markdown FILE]``.
+
+A goal is a bound on one figure of the cases that it is about; the worst of them counts. A goal that no case
+of the files is about is listed as not measured. May be changed here: bounds, if the README says so too.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.report import Block, markdown, text
+from bench.results import OURS, Case, load
+from ttt_compiler.errors import TTTError
+
+TRAIN, LOOP = "official training form", "official inference loop"
+MEDIUM = {"d": 1024, "f": 3072, "batch": 1}
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A value, and quartiles of it where the rounds have them."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    def __str__(self) -> str:
+        spread = "" if self.low is None or self.high is None else f" [{self.low:.3g}, {self.high:.3g}]"
+        return f"{self.value:.3g}{spread}"
+
+
+@dataclass(frozen=True)
+class Goal:
+    """``what`` is at most (or at least) ``bound`` in every case that ``about`` picks.
+
+    Attributes:
+        what: in words.
+        bound: of the figure.
+        figure: of a case; None where it has none.
+        about: which cases.
+        least: whether the bound is a lower one.
+    """
+
+    what: str
+    bound: float
+    figure: Callable[[Case], Figure | None]
+    about: Callable[[Case], bool]
+    least: bool = False
+
+    def measured(self, cases: Sequence[Case]) -> tuple[Case, Figure] | None:
+        """The worst case and its figure."""
+        found = [(c, f) for c in cases if self.about(c) and (f := self.figure(c))]
+        worst = min if self.least else max
+        return worst(found, key=lambda pair: pair[1].value) if found else None
+
+    def met(self, value: float) -> bool:
+        """Whether the figure, as it is printed, is within the bound."""
+        value = float(f"{value:.3g}")
+        return value >= self.bound if self.least else value <= self.bound
+
+
+def over_floor(case: Case) -> Figure | None:
+    """Ours by the case's floor."""
+    ours, floor = case.times.get(OURS), case.floor()
+    if not ours or not floor:
+        return None
+    scale = ours["seconds"] / floor / ours["ratio"]
+    return Figure(ours["seconds"] / floor, ours["low"] * scale, ours["high"] * scale)
+
+
+def over(name: str) -> Callable[[Case], Figure | None]:
+    """Ours by a competitor."""
+
+    def figure(case: Case) -> Figure | None:
+        found = (case.info.get("ours_over") or {}).get(name)
+        return Figure(found["ratio"], found["low"], found["high"]) if found else None
+
+    return figure
+
+
+def gain(name: str) -> Callable[[Case], Figure | None]:
+    """How many times as fast as a competitor ours is."""
+
+    def figure(case: Case) -> Figure | None:
+        found = over(name)(case)
+        return Figure(1 / found.value, 1 / (found.high or 1), 1 / (found.low or 1)) if found else None
+
+    return figure
+
+
+def worst_over(*names: str) -> Callable[[Case], Figure | None]:
+    """Ours by the competitor that is closest to it."""
+
+    def figure(case: Case) -> Figure | None:
+        found = [f for name in names if (f := over(name)(case))]
+        return max(found, key=lambda f: f.value) if found else None
+
+    return figure
+
+
+def host(case: Case) -> Figure | None:
+    """Microseconds of a step beside those of a product of the same tiny size."""
+    if OURS not in case.times:
+        return None
+    return Figure((case.times[OURS]["seconds"] - case.times["static"]["seconds"]) * 1e6)
+
+
+def border(case: Case) -> Figure | None:
+    """The longest step by the median step."""
+    return Figure(case.info["worst"]) if "worst" in case.info else None
+
+
+def extra_memory(case: Case) -> Figure | None:
+    """Memory beyond the static layer's, ours by the official form's."""
+    ratios = case.info.get("extra_ratio")
+    return Figure(max(ratios)) if ratios else None
+
+
+def of(kind: str, *, tuned: bool | None = False, **sizes: object) -> Callable[[Case], bool]:
+    """Cases of a kind with these sizes; by the default allocator, the tuned one, or (None) either."""
+
+    def about(case: Case) -> bool:
+        allocator = str(case.environment.get("allocator", "default"))
+        return (
+            case.kind == kind
+            and tuned in (None, allocator != "default")
+            and all(case.shape.get(name) == value for name, value in sizes.items())
+        )
+
+    return about
+
+
+def goals() -> Iterator[Goal]:
+    """All of them, in the order of the README."""
+    for dtype in DTYPES:
+        at = {**MEDIUM, "tokens": 4096, "dtype": dtype}
+        for kind in ("forward", "prefill"):
+            yield Goal(
+                f"{kind} {dtype}, T=4096 C=512: / FLOP floor", 1.05, over_floor, of(kind, chunk=512, **at)
+            )
+    at = {**MEDIUM, "tokens": 4096, "dtype": "float32"}
+    for chunk, train, loop in ((512, 1.85, 1.38), (256, 2.5, 1.35)):
+        yield Goal(
+            f"{TRAIN} / ours, fp32 C={chunk}", train, gain(TRAIN), of("forward", chunk=chunk, **at), True
+        )
+        yield Goal(f"{LOOP} / ours, fp32 C={chunk}", loop, gain(LOOP), of("forward", chunk=chunk, **at), True)
+    tuned = of("forward", tuned=True, chunk=512, **at)
+    yield Goal(f"{TRAIN} / ours, fp32 C=512, tuned allocator", 1.3, gain(TRAIN), tuned, True)
+    yield Goal(f"{LOOP} / ours, fp32 C=512, tuned allocator", 1.25, gain(LOOP), tuned, True)
+    for kind in ("forward", "prefill"):
+        yield Goal(f"{kind}, whole grid: ours / either official form", 1.0, worst_over(TRAIN, LOOP), of(kind))
+    for name in ("SmolLM2-135M", "Qwen3-0.6B"):
+        about = of("model logits", name=name, tokens=4096, dtype="float32")
+        yield Goal(f"{name}, every 6th layer, T=4096: / static compiled", 1.03, over("static"), about)
+    at = {**MEDIUM, "tokens": 8192, "chunk": 512, "dtype": "float32"}
+    yield Goal(f"training step: {TRAIN} / ours", 1.65, gain(TRAIN), of("training", **at), True)
+    saved = f"{TRAIN}, checkpointed"
+    yield Goal(f"training step: {saved} / ours", 2.0, gain(saved), of("training", **at), True)
+    yield Goal(
+        f"training step, tuned allocator: {TRAIN} / ours",
+        1.25,
+        gain(TRAIN),
+        of("training", tuned=True, **at),
+        True,
+    )
+    yield Goal(
+        "training step: extra memory / official form's", 0.2, extra_memory, of("memory, training", d=1024)
+    )
+    yield Goal("decode, B=1: / static", 1.05, over("static"), of("decode", batch=1, d=1024))
+    yield Goal("decode, B=16: / byte floor", 1.2, over_floor, of("decode", batch=16, d=1024))
+    yield Goal("decode, one layer: longest step / median, C<=512", 3.0, border, of("border", d=1024))
+    for name in ("SmolLM2-135M", "Qwen3-0.6B"):
+        about = of("border", name=name, chunk=512)
+        yield Goal(f"decode, {name}, every 6th layer: longest step / median, C=512", 3.0, border, about)
+    yield Goal("decode, a step's host time in microseconds", 15.0, host, of("host"))
+
+
+def table(cases: Sequence[Case]) -> Block:
+    """A row per goal."""
+    rows = []
+    for goal in goals():
+        found, bound = goal.measured(cases), f"{'>=' if goal.least else '<='} {goal.bound:g}"
+        if found is None:
+            rows.append((goal.what, bound, "-", "not measured", "-"))
+        else:
+            case, figure = found
+            rows.append(
+                (goal.what, bound, str(figure), "yes" if goal.met(figure.value) else "NO", case.label)
+            )
+    return Block("Goals", head=("goal", "bound", "measured [quartiles]", "met", "case"), rows=rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="of pytest-benchmark, JSON")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write a page there, print nothing")
+    a = parser.parse_args()
+    try:
+        block = table(load(a.files))
+        if a.markdown:
+            a.markdown.write_text(markdown([block]))
+        else:
+            print(text([block]), end="")
+    except (TTTError, OSError) as e:
+        raise SystemExit(f"error: {e}") from e
+
+
+if __name__ == "__main__":
+    main()
