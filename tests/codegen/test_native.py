@@ -98,7 +98,7 @@ def test_products_of_wide_operands_stay_as_they_are():
 NARROW = [torch.float32, torch.bfloat16, torch.float16]
 # Of up to 512 terms in fp32, one after the other.
 SUMS = 3e-6
-SIZES = [(1, 1, 1), (7, 5, 9), (64, 33, 300), (33, 300, 257), (512, 96, 520)]
+SIZES = [(1, 1, 1), (7, 5, 9), (64, 33, 300), (33, 300, 257), (512, 96, 520), (40, 130, 608)]
 
 
 def has_blocks(dtype):
@@ -239,3 +239,13 @@ def test_gradient_of_the_taps(dtype, kernel, size):
     assert taps_gradient(grad, src, got)
     assert relative_error(got, taps.grad) < 1e-6
     assert not taps_gradient(grad, src[..., :1, :].expand(size), got) or rows == 1
+
+
+def test_a_narrow_copy_keeps_nan_and_inf():
+    has_blocks(torch.bfloat16)
+    v, h = torch.zeros(2, 64, dtype=torch.bfloat16), torch.zeros(2, 64, dtype=torch.bfloat16)
+    w, copy = torch.randn(64, 64), torch.empty(64, 64, dtype=torch.bfloat16)
+    w[0, 3], w[5, 40], w[63, 63] = float("nan"), float("inf"), -float("inf")
+    assert blocks.write(v, h, w, None, copy, written=True)
+    assert torch.equal(copy.isnan(), w.isnan())
+    assert torch.equal(copy.isinf(), w.isinf())

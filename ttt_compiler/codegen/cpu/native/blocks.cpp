@@ -60,6 +60,7 @@ struct Blocks {
           failed = 1;
         }
       }
+      narrowed();
       if (!failed) release(kPairs);
     }
     return !failed;
@@ -109,8 +110,7 @@ struct Blocks {
         for (int64_t j = here; j < here + n; ++j) c[i * columns + j] = widen(base[i * columns + j]);
     product(m, n, k, k, n, columns, before != ZERO, left, packed, c + here, kPairs);
     if (copy)
-      for (int64_t i = 0; i < m; ++i)
-        for (int64_t j = here; j < here + n; ++j) narrow(copy[i * columns + j], c[i * columns + j]);
+      for (int64_t i = 0; i < m; ++i) narrow_away(copy + i * columns + here, c + i * columns + here, n);
   }
 };
 
