@@ -4,20 +4,12 @@ from __future__ import annotations
 
 import statistics
 
-import pytest
-
 from bench.startup import CHUNK, TOKENS, WHO, fresh
 
 
-@pytest.mark.parametrize(
-    "rounds",
-    [
-        pytest.param(1, marks=[pytest.mark.quick], id="quick"),
-        pytest.param(5, id="full"),
-    ],
-)
-def test_startup(benchmark, tmp_path, rounds):
+def test_startup(benchmark, tmp_path, request):
     """In every round each one has a cold start in a folder of its own, and a warm one."""
+    rounds = request.config.getoption("--rounds") or 5
     found: dict[str, list[dict[str, float]]] = {
         f"{who}, {how}": [] for who in WHO for how in ("cold", "warm")
     }
