@@ -174,6 +174,9 @@ def test_products_that_onednn_does_not_take():
     assert not products.multiply(torch.randn(2, 3).double(), torch.randn(3, 4).double(), out.double())
     assert not products.multiply(torch.randn(2, 3), torch.randn(3, 4).bfloat16(), out)
     assert not products.multiply(torch.randn(2, 0), torch.randn(0, 4), out)
+    assert not products.multiply(torch.randn(4, 6)[::2, ::2], torch.randn(3, 4), out)
+    assert not products.multiply(torch.randn(1, 3).expand(2, 3), torch.randn(3, 4), out)
+    assert not products.multiply(torch.randn(2, 3), torch.randn(3, 4), out.new_zeros(4, 2).t())
     assert not out.any()
 
 

@@ -29,6 +29,8 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> 
     """
     if not (a.dtype == b.dtype == out.dtype and 0 not in (*a.shape, *b.shape) and _there(a.dtype)):
         return False
+    if out.stride(1) != 1 or not all(1 in x.stride() and 0 not in x.stride() for x in (a, b)):
+        return False
     return _multiply(a, b, out, accumulate)
 
 
