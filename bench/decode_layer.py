@@ -76,13 +76,15 @@ class Decoding:
     def bytes_read(self) -> int:
         """What one step must read of the form that each row has: W0 once, then matrices or factored rows."""
         d, f, item = self.place.d, self.place.f, self.dtype.itemsize
-        total, base = 0, False
+        total = self.reads_base() * d * f * item
         for row in self.site.rows.tolist():
-            if row[WRITES] and not row[FACTORED]:
-                total += d * f * self.site.w.element_size()
-            else:
-                total, base = total + row[FACTORED] * (d + f) * item, True
-        return total + base * d * f * item
+            dense = row[WRITES] and not row[FACTORED]
+            total += d * f * self.site.w.element_size() if dense else row[FACTORED] * (d + f) * item
+        return total
+
+    def reads_base(self) -> bool:
+        """Whether a row reads W0: the static product is a part of the step then."""
+        return any(not row[WRITES] or row[FACTORED] for row in self.site.rows.tolist())
 
     def step(self) -> Tensor:
         """One token, from the same place each time."""

@@ -11,10 +11,11 @@ import argparse
 import itertools
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bench.goals import table as goals
+from bench.page import Block, markdown, text
 from bench.results import AT, OURS, STATIC, Case, load, peaks, series
 from ttt_compiler.errors import TTTError
 
@@ -23,7 +24,7 @@ LEGEND = (
     "GFLOP/s counts the FLOPs that the algorithm needs, whoever computes them.",
     "Peak: the largest rate of a static product of that dtype in these files, on that machine.",
     "Floor: the algorithm's FLOPs at the rate of the same case's static product, by the fastest library;",
-    "  of a decode step, a product that reads the same bytes.",
+    "  of a decode step, a product that reads the same bytes, and at least the static one if that is a part.",
     "Beyond the peak and below the floor: 16-bit operands that are multiplied in fp32, where that is faster.",
 )
 _MEMORY = ("variable", "values", "bytes", "extra_bytes", "extra_ratio")
@@ -38,19 +39,10 @@ _NEEDED = {
 _HEAD = ("case", "competitor", "ms", "/ base", "ours / it", "GFLOP/s", "of peak", "/ floor")
 
 
-@dataclass
-class Block:
-    """A heading, sentences, and a table, any of which may be empty."""
-
-    title: str
-    lines: list[str] = field(default_factory=list)
-    head: Sequence[str] = ()
-    rows: list[Sequence[str]] = field(default_factory=list)
-
-
 def report(cases: Sequence[Case]) -> list[Block]:
-    """One part per environment; in it its kinds of cases, and what is missing."""
-    blocks, rates = [], peaks(cases)
+    """Goals of the cases; then a part per environment: its kinds of cases, and what is missing."""
+    reached, rates = goals(cases, all_of_them=False), peaks(cases)
+    blocks = [reached] if reached.rows else []
     for environment in _distinct(c.environment for c in cases):
         here = [c for c in cases if c.environment == environment]
         said = [f"{name}: {_value(value)}" for name, value in environment.items()]
@@ -79,7 +71,7 @@ def report(cases: Sequence[Case]) -> list[Block]:
 
 
 def _rows(case: Case, peak: float | None) -> list[Sequence[str]]:
-    floor, found = case.floor(), []
+    floor, found = case.floor(peak), []
     for name, taken in case.times.items():
         seconds, static = taken.get("seconds"), name in STATIC
         flops = case.info.get("static_flops" if static else "flops")
@@ -179,40 +171,6 @@ def _border(cases: Sequence[Case]) -> Block:
             rows.append((case.label, name, str(len(taken)), typical, most, str(worst)))
     head = ("case", "competitor", "steps", "median ms", "longest ms", "which")
     return Block("Decode across a chunk's border", head=head, rows=rows)
-
-
-def text(blocks: Sequence[Block]) -> str:
-    """For a terminal: columns side by side."""
-    parts = []
-    for block in blocks:
-        parts.append("\n".join([block.title, *(f"  {line}" for line in block.lines)]))
-        if block.rows:
-            cells = [block.head, *_once(block.rows)]
-            widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-            lines = ("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in cells)
-            parts[-1] += "".join(f"\n  {line.rstrip()}" for line in lines)
-    return "\n\n".join(parts) + "\n"
-
-
-def markdown(blocks: Sequence[Block]) -> str:
-    """For a page."""
-    parts = ["# Benchmarks"]
-    for block in blocks:
-        parts.append(f"## {block.title}")
-        if block.lines:
-            parts.append(
-                "\n".join(f"- {line}" for line in block.lines) if block.lines[1:] else block.lines[0]
-            )
-        if block.rows:
-            cells = [block.head, ["---"] * len(block.head), *_once(block.rows)]
-            parts.append("\n".join(f"| {' | '.join(row)} |" for row in cells))
-    return "\n\n".join(parts) + "\n"
-
-
-def _once(rows: Sequence[Sequence[str]]) -> list[Sequence[str]]:
-    """Rows whose first cell says only what the one above does not."""
-    before = [None, *(row[0] for row in rows)]
-    return [("" if row[0] == b else row[0], *row[1:]) for row, b in zip(rows, before, strict=False)]
 
 
 def _distinct(items: Any) -> list[Any]:

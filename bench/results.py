@@ -69,10 +69,16 @@ class Case:
         """Of the static product by the fastest library of this case."""
         return min((s for name in STATIC if (s := self.seconds(name))), default=None)
 
-    def floor(self) -> float | None:
-        """Seconds of the competitor that is named so, or of the FLOPs at the rate of the static product."""
+    def floor(self, peak: float | None = None) -> float | None:
+        """Seconds of the slowest competitor named so, or of the FLOPs at the rate of the static product.
+
+        Of a training step, whose static form is no plain product, at the rate ``peak``.
+        """
         if named := self.info.get("floor"):
-            return self.seconds(named)
+            taken = [self.seconds(name) for name in ([named] if isinstance(named, str) else named)]
+            return None if None in taken else max(s for s in taken if s is not None)
+        if self.kind == "training":
+            return self.info["flops"] / peak if peak and self.info.get("flops") else None
         static, flops, unit = self.static_seconds(), self.info.get("flops"), self.info.get("static_flops")
         return flops / unit * static if static and flops and unit else None
 
