@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ttt_compiler.codegen import reference
+from ttt_compiler.codegen.cpu.scan import tail_chunks
 
 LR = 0.3
 # The gate: error against fp64 relative to the largest output. A bf16 result may err as plain torch does.
@@ -42,13 +43,21 @@ class Shape:
         return complete if state or self.tokens % self.chunk else max(complete - 1, 0)
 
     def forward_flops(self, *, state: bool) -> float:
-        """Of the recurrent form: apply, write, and v's projection for the chunks that are written.
+        """Of the form with the fewest: apply, write, and v's projection for the chunks that are written.
 
         Args:
             state: whether the last complete chunk is written too, since its state is wanted.
         """
         tokens = self.batch * self.written(state=state) * self.chunk
-        return self.static_flops + 2.0 * tokens * self.d * (self.f + self.d)
+        flops = self.static_flops + 2.0 * tokens * self.d * (self.f + self.d)
+        # Without a state, last chunks read each other instead of a written matrix where that is less.
+        last = min(tail_chunks(self.chunk, self.d, self.f), self.written(state=False) + 1)
+        if state or last < 2:
+            return flops
+        rest = self.tokens % self.chunk or self.chunk
+        reads = (last - 1) * (last - 2) / 2 * self.chunk**2 + (last - 1) * self.chunk * rest
+        saved = (last - 1) * self.chunk * self.d * self.f - reads * (self.d + self.f)
+        return flops - 2.0 * self.batch * saved
 
     def training_flops(self) -> float:
         """Of forward and backward, with every chunk's W computed again: 7 + 3 D/F static projections."""

@@ -117,11 +117,7 @@ class Models:
 
     @torch.no_grad()
     def decoders(self) -> dict[str, Callable[[], None]]:
-        """What reads :data:`STEPS` more tokens of one row with a cache, after a text with a half-full chunk.
-
-        Raises:
-            AssertionError: ours differs from the official algorithm.
-        """
+        """What reads :data:`STEPS` more tokens of one row with a cache; the chunk there is not full yet."""
         plain = copy.deepcopy(self.static)
         self.static.compile(dynamic=True)
         self.fast.compile(backend="inplace_ttt", dynamic=True)

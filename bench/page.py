@@ -31,7 +31,10 @@ def text(blocks: Sequence[Block]) -> str:
 
 def markdown(blocks: Sequence[Block]) -> str:
     """For a page."""
-    parts = ["# Benchmarks"]
+    parts = [
+        "# Benchmarks",
+        "Written by `python -m bench.report FILE... --markdown FILE`; edit nothing here.",
+    ]
     for block in blocks:
         parts.append(f"## {block.title}")
         if block.lines:

@@ -24,8 +24,9 @@ LEGEND = (
     "GFLOP/s counts the FLOPs that the algorithm needs, whoever computes them.",
     "Peak: the largest rate of a static product of that dtype in these files, on that machine.",
     "Floor: the algorithm's FLOPs at the rate of the same case's static product, by the fastest library;",
-    "  of a decode step, a product that reads the same bytes, and at least the static one if that is a part.",
-    "Beyond the peak and below the floor: 16-bit operands that are multiplied in fp32, where that is faster.",
+    "  of a decode step, what reads the same bytes fastest, or the static product where that is a part.",
+    "Beyond the peak and below the floor: 16-bit operands that are multiplied in fp32, where that is faster;",
+    "  a state in the cache where what reads the same bytes is not.",
 )
 _MEMORY = ("variable", "values", "bytes", "extra_bytes", "extra_ratio")
 # Fields without which a table of that kind has holes.

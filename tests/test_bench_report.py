@@ -168,10 +168,18 @@ def test_goals(record):
     assert rows[tuned] == (">= 1.3", "2 [1.6, 2.5]", "yes")
     # The loop's 40 ms by the floor's 20.
     assert limits["fp32 C=512: official inference loop / ours"] == "2"
-    assert rows["forward, whole grid: ours / either official form"] == ("<= 1", "1.25 [1.2, 1.3]", "NO")
+    grid = "forward, whole grid, default allocator: ours / either official form"
+    assert rows[grid] == ("<= 1", "1.25 [1.2, 1.3]", "NO")
     assert rows["decode, a step's host time in microseconds"] == ("<= 15", "17", "NO")
     assert rows["decode, one layer: longest step / median, C<=512"] == ("<= 3", "9", "NO")
     assert rows["decode, B=1: / static"][1:] == ("-", "not measured")
+
+
+def test_goals_of_memory(record):
+    by_tokens = {**MEMORY, "shape": {"d": 1024}, "values": [4096, 8192]}
+    by_chunks = {**by_tokens, "variable": "C", "fit_extra": {"ours": {"exponent": -0.02, "r2": 0.5}}}
+    table = goals.table(results.load([record(by_tokens, by_chunks)]), all_of_them=False)
+    assert [(row[2], row[4]) for row in table.rows] == [("0.143", "yes"), ("0.02", "yes")]
 
 
 @pytest.mark.parametrize("info", [PREFILL, GROWTH, LAYERS, BORDER, MEMORY, STARTUP], ids=lambda i: i["kind"])

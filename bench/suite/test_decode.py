@@ -9,7 +9,7 @@ import torch
 
 from bench.decode_layer import KEY, STEPS, Decoding, Place, across_a_chunk
 from bench.measure import clock_of
-from ttt_compiler.codegen.layout import WRITES
+from ttt_compiler.codegen.layout import WRITES, factored_limit
 
 MEDIUM = (1024, 3072)
 
@@ -61,16 +61,26 @@ def test_host(compare, batch):
     )
 
 
-@pytest.mark.parametrize("batch", [1, 4])
-@pytest.mark.parametrize(
-    "chunk", [128, 256, pytest.param(512, marks=pytest.mark.quick)], ids=lambda chunk: f"C={chunk}"
-)
+def borders():
+    """Dense rows that write, and factored ones at the border where they become matrices."""
+    found = [(chunk, batch, 2048) for chunk in (128, 256, 512) for batch in (1, 4, 16)]
+    for batch in (4, 16):
+        limit = factored_limit(*MEDIUM, batch)
+        found += [(chunk, batch, limit // chunk * chunk) for chunk in (128, 256, 512)]
+    for chunk, batch, past in found:
+        marks = [pytest.mark.quick] if (chunk, batch, past) == (512, 1, 2048) else []
+        yield pytest.param(chunk, batch, past, marks=marks, id=f"C={chunk},B={batch},N={past}")
+
+
+@pytest.mark.parametrize(("chunk", "batch", "past"), borders())
 @torch.no_grad()
-def test_border(benchmark, request, chunk, batch):
-    decoding = Decoding(Place(*MEDIUM, chunk, batch, 2 * chunk if batch == 1 else 2048))
+def test_border(benchmark, request, chunk, batch, past):
+    decoding = Decoding(Place(*MEDIUM, chunk, batch, past))
     error = decoding.gate()
     decoding.site.rows.copy_(decoding.begin)
-    rounds = 1 if request.config.getoption("--quick") else 3
+    # Rows become matrices once.
+    once = past < 2048 or request.config.getoption("--quick")
+    rounds = 1 if once else 3
     steps: list[float] = []
     clock = clock_of(torch.get_num_threads())
     before = decoding.state.column(KEY, WRITES)

@@ -16,7 +16,8 @@ from bench.peak_memory import FORMS, call, fresh
 MEDIUM = Shape(1024, 3072, 4096, 512)
 # A quarter of the official form's memory is what the sizes of a small shape leave room for.
 TINY = Shape(192, 576, 4096, 64)
-MOST = 0.35
+# The official form's grows with the number of chunks, so that of a few chunks says nothing.
+MOST, MANY = 0.35, 16
 # So long a text is enough to see that both forms compute the same.
 _CHECKED_CHUNKS = 3
 
@@ -63,7 +64,9 @@ def test_memory(benchmark, what, sweep):
         "fit_bytes": {who: power(xs, sizes) for who, sizes in found.items()},
         "fit_extra": {who: power(xs, sizes) for who, sizes in extra.items()},
     }
-    assert ratios[0] <= MOST, f"{what}, {shapes[0]}: ours needs {ratios[0]:.2f} of the official form's memory"
+    for shape, ratio in zip(shapes, ratios, strict=True):
+        few = shape.tokens < MANY * shape.chunk
+        assert few or ratio <= MOST, f"{what}, {shape}: ours needs {ratio:.2f} of the official form's memory"
 
 
 def gate(what: str, shape: Shape) -> None:

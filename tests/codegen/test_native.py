@@ -11,7 +11,9 @@ from tests.tolerances import relative_error
 from ttt_compiler.codegen.cpu import conv, gemm, native
 from ttt_compiler.codegen.cpu.gemm import FastMatrix, product_dtype
 from ttt_compiler.codegen.cpu.native import blocks, products, squares
+from ttt_compiler.codegen.cpu.native.blocks import _run as run
 from ttt_compiler.codegen.cpu.native.conv import MAX_TAPS, convolve, taps_gradient
+from ttt_compiler.compat import processor
 
 BOUNDS = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
@@ -252,3 +254,54 @@ def test_a_narrow_copy_keeps_nan_and_inf():
     assert blocks.write(v, h, w, None, copy, written=True)
     assert torch.equal(copy.isnan(), w.isnan())
     assert torch.equal(copy.isinf(), w.isinf())
+
+
+def test_norms_beyond_the_dtype_of_the_state_are_infinite():
+    """So that a write whose products would overflow is refused."""
+    x = torch.full((1 << 16,), 1e18)
+    assert squares.norm(x) == math.inf
+    assert squares.norm(x.double()) == pytest.approx(2.56e20)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_remainder_goes_through_the_loop_too(batch, monkeypatch):
+    """In every batch, so that a row's result does not depend on its neighbours."""
+    calls = []
+    monkeypatch.setattr(conv, "by_loop", lambda *args: calls.append(convolve(*args)) or calls[-1])
+    t, taps = torch.randn(batch, 11, 6).bfloat16(), torch.randn(6, 1, 5).bfloat16()
+    out = conv.chunk_conv(t, taps, None, 4)
+    assert all(calls)
+    for b in range(batch):
+        assert torch.equal(out[b : b + 1], conv.chunk_conv(t[b : b + 1], taps, None, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_writes_upon_any_base_go_in_blocks(dtype, monkeypatch):
+    """A transposed one (Conv1D), and one in a wider dtype (autocast)."""
+    has_blocks(dtype)
+    monkeypatch.setattr(gemm, "is_amd", lambda: True)
+    done = []
+    monkeypatch.setattr(
+        gemm.blocks, "_run", lambda *args, **named: done.append(run(*args, **named)) or done[-1]
+    )
+    v, h, base = torch.randn(6, 8).to(dtype), torch.randn(6, 10).to(dtype), torch.randn(8, 10)
+    for w0 in (base.to(dtype).t().contiguous().t(), base.double()):
+        matrix = FastMatrix(w0, torch.empty(8, 10), dtype, name="test.w")
+        for count in (1, 2):
+            matrix.write(v, h)
+            exact = w0.double() + count * (v.double().t() @ h.double())
+            assert relative_error(matrix.master.double(), exact) < 1e-6
+    assert done == [True] * 4
+
+
+def test_a_compiler_that_cannot_build_the_loops_is_said_once(tmp_path, monkeypatch):
+    bad = tmp_path / "g++"
+    bad.write_text(
+        '#!/bin/sh\ncase "$*" in *--version*) exec g++ "$@";; esac\necho "error: no _Float16" >&2; exit 1\n'
+    )
+    bad.chmod(0o755)
+    with (
+        torch._inductor.config.patch({"cpp.cxx": (str(bad),)}),
+        pytest.warns(RuntimeWarning, match="slower operations"),
+    ):
+        assert processor.build_cpp(f'extern "C" int never_built() {{ return {id(bad)}; }}') is None

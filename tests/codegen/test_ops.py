@@ -222,6 +222,19 @@ def test_fp16_writes_do_not_overflow_on_the_way_to_fp32():
     assert torch.equal(s[0], torch.full((1, D, F), 147456.0))
 
 
+def test_fp16_scores_of_last_chunks_do_not_overflow():
+    """Few rows that read an unwritten chunk: products of rows of h are beyond fp16, what they add is not."""
+    g = torch.Generator().manual_seed(0)
+    d, f, chunk, length = 512, 1024, 64, 136
+    h = (torch.randn(1, length, f, generator=g) * 12).half()
+    v = (torch.randn(1, length, d, generator=g) * 1e-4).half()
+    w0 = (torch.randn(d, f, generator=g) * 0.02).half()
+    exact = torch.ops.ttt.chunk_scan(h.double(), v.double(), w0.double(), None, None, chunk)
+    assert exact.abs().max() < 6e4
+    got = torch.ops.ttt.chunk_scan(h, v, w0, None, None, chunk)
+    assert relative_error(got.double(), exact) < 1e-3
+
+
 def test_marker_refuses_to_run():
     h, _, w0, conv, proj, _ = problem()
     with pytest.raises(NotCompiledError, match=r'model\.compile\(backend="inplace_ttt"\)'):

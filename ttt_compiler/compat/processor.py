@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import platform
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -93,13 +94,25 @@ def cpp_compiler() -> str | None:
 
 
 def build_cpp(source: str) -> Any:
-    """A library of ``extern "C"`` functions, cached beside Inductor's own; None without a compiler.
+    """A library of ``extern "C"`` functions, cached beside Inductor's own.
 
-    Checked on 2.13: ``CppCodeCache.load`` takes flags that come after its own, which forbid vectorization.
+    None without a compiler, and with a warning if what is there cannot compile or load it. Checked on 2.13:
+    ``CppCodeCache.load`` takes flags that come after its own, which forbid vectorization.
     """
     from torch._inductor.codecache import CppCodeCache
+    from torch._inductor.exc import CppCompileError
 
     if cpp_compiler() is None:
         return None
     flags = ("-ftree-loop-vectorize", "-ffp-contract=fast")
-    return CppCodeCache.load(source, needs_vec_isa=True, extra_flags=flags)
+    try:
+        return CppCodeCache.load(source, needs_vec_isa=True, extra_flags=flags)
+    except (CppCompileError, OSError) as e:
+        reason = next((line for line in str(e).splitlines() if "error" in line.lower()), type(e).__name__)
+        warnings.warn(
+            f"{cpp_compiler()} cannot build the C++ loops, so torch's slower operations are used: {reason}. "
+            "Type ttt-compiler doctor for the compiler, and set CXX to another one, such as g++ 12",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None

@@ -75,8 +75,11 @@ def _overlaps(length: int, kernel: int) -> Iterator[tuple[slice, slice]]:
 def _chunk_views(pos: Tensor | None, chunk: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Views ``[N, n, C, X]`` of whole chunks and ``[N, r, X]`` of remainders, document by document."""
     batch, length = tensors[0].shape[:2]
-    if pos is None:
+    if pos is None and length % chunk == 0:
         spans = [(slice(None), 0, length)]
+    elif pos is None:
+        # Of one row chunks and remainder are each in one piece, and a row is summed alike in every batch.
+        spans = [(slice(b, b + 1), 0, length) for b in range(batch)]
     else:
         spans = [
             (slice(b, b + 1), doc.start, doc.stop)

@@ -33,6 +33,11 @@ WIDE_MIN_ROWS = 32
 _local = threading.local()
 
 
+def release_workspaces() -> None:
+    """Free this thread's buffers; the next call makes what it needs."""
+    _local.__dict__.clear()
+
+
 def workspace(slot: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A buffer that outlives the call, one per thread and slot; its content is undefined.
 
@@ -130,7 +135,7 @@ def project(x: Tensor, p: Tensor, out: Tensor, name: str) -> Tensor:
 
 
 def add_product(h: Tensor, keys: Tensor, values: Tensor, out: Tensor, name: str) -> None:
-    """``out += (h @ keys.T) @ values``, one dtype, in fp32 where that is faster.
+    """``out += (h @ keys.T) @ values``, one dtype; in fp32 where that is faster, or fp16 could overflow.
 
     Args:
         h: ``[m, F]``.
@@ -139,7 +144,7 @@ def add_product(h: Tensor, keys: Tensor, values: Tensor, out: Tensor, name: str)
         out: ``[m, D]``.
         name: workspace slots begin so.
     """
-    dtype = _dtype_of(h)
+    dtype = torch.float32 if h.dtype == torch.float16 else _dtype_of(h)
     scores = workspace(f"{name}.scores", (len(h), len(keys)), dtype)
     product(widened(h, dtype, f"{name}.h"), widened(keys, dtype, f"{name}.keys").t(), scores)
     if dtype == h.dtype:
@@ -247,11 +252,7 @@ class FastMatrix:
 
     def write(self, v: Tensor, h: Tensor) -> None:
         """``W += v.T @ h`` with fp32 accumulation. v ``[m, D]``, h ``[m, F]``."""
-        copy = self._new_shadow() if self._needs_shadow else None
-        if writes_blocks(self.dtype) and blocks.write(
-            v, h, self.master, self.base, copy, written=self.written
-        ):
-            self.written, self._shadow = True, copy
+        if writes_blocks(self.dtype) and self._write_blocks(v, h):
             return
         if self.master.dtype == self.dtype:
             if self.written:
@@ -274,3 +275,15 @@ class FastMatrix:
                 self.master.add_(torch.mm(v.t(), h))
         self.written = True
         self._shadow = None
+
+    def _write_blocks(self, v: Tensor, h: Tensor) -> bool:
+        """The same block by block, if that can be; the copy for the next apply is made on the way."""
+        base = None if self.written else self.base
+        if base is not None and not (base.dtype == v.dtype and base.is_contiguous()):
+            self.master.copy_(base)
+            self.written = True
+        copy = self._new_shadow() if self._needs_shadow else None
+        done = blocks.write(v, h, self.master, None if self.written else base, copy, written=self.written)
+        if done:
+            self.written, self._shadow = True, copy
+        return done

@@ -46,13 +46,14 @@ struct Blocks {
 #pragma omp for
         for (int64_t i = 0; i < down; ++i) hold(held.data(), k, i * kHigh, std::min(rows, (i + 1) * kHigh));
       }
-      std::vector<P> packed(k * std::min(columns, wide));
+      std::vector<P> packed;
 #pragma omp for
       for (int64_t i = 0; i < across * split; ++i) {
         const int64_t first = i / split * wide, n = std::min(wide, columns - first);
-        pack(packed.data(), first, n);
         // No exception may leave a thread.
         try {
+          packed.resize(k * std::min(columns, wide));
+          pack(packed.data(), first, n);
           for (int64_t r = i % split * step; r < std::min(rows, (i % split + 1) * step); r += kHigh)
             block(left + r * k, packed.data(), k, r, std::min(kHigh, rows - r), first, n);
         } catch (...) {
@@ -119,9 +120,13 @@ struct Blocks {
 #define TTT_BLOCKS(NAME, T, P)                                                                                      \
   extern "C" int NAME(void* product, void* release, const T* a, const T* b, float* c, const T* base, T* copy,       \
                       int64_t depth, int64_t rows, int64_t columns, int before, int turned, int threads) {          \
-    return Blocks<T, P>{reinterpret_cast<Product<P>>(product), reinterpret_cast<Release>(release), a, b, c, base,   \
-                        copy, depth, rows, columns, before, turned, threads}                                        \
-        .run();                                                                                                     \
+    try {                                                                                                           \
+      return Blocks<T, P>{reinterpret_cast<Product<P>>(product), reinterpret_cast<Release>(release), a, b, c, base, \
+                          copy, depth, rows, columns, before, turned, threads}                                      \
+          .run();                                                                                                   \
+    } catch (...) {                                                                                                 \
+      return 0;                                                                                                     \
+    }                                                                                                               \
   }
 
 TTT_BLOCKS(blocks_float32, float, float)

@@ -6,7 +6,7 @@ enum { SEEN, DONE, WRITES, FACTORED, SLOT, COLUMNS = 8 };
 enum Result { ALL = 0, SOME = 1, NEEDS_BASE = 2 };
 
 // Rows of a matrix that are read side by side: h is loaded once for them.
-constexpr int kRows = 4;
+constexpr int kRows = 8;
 // Partial sums of one row: so many that additions do not wait for each other.
 constexpr int kLanes = 16;
 // Rows of one unit of work; what sequences that share a matrix read one after the other.

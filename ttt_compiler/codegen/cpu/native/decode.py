@@ -44,6 +44,7 @@ def decode(
         or not dtype == t.dtype == w0.dtype == state.tail_h.dtype == state.tail_t.dtype
         or state.w.dtype != state_dtype(dtype)
         or (bias is not None and (bias.dtype != dtype or not bias.is_contiguous()))
+        or not all(x.is_contiguous() for x in (*state, batch))
     ):
         return None, False
     h, t = h.contiguous(), t.contiguous()

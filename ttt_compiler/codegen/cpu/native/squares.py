@@ -20,4 +20,6 @@ def norm(x: Tensor) -> float:
     if function is None or not x.is_contiguous():
         return float(torch.linalg.vector_norm(x, dtype=state_dtype(x.dtype)))
     count = x.numel()
-    return math.sqrt(function(x.data_ptr(), count, torch.get_num_threads() if count >= _MANY else 1))
+    total: float = function(x.data_ptr(), count, torch.get_num_threads() if count >= _MANY else 1)
+    # Sums are widened on the way: what the state's dtype cannot hold is said here.
+    return math.inf if total > torch.finfo(state_dtype(x.dtype)).max else math.sqrt(total)
