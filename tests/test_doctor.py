@@ -13,6 +13,7 @@ from ttt_compiler import compat, doctor
 from ttt_compiler.architectures import refresh, table
 from ttt_compiler.architectures.audit import Audit
 from ttt_compiler.cli import app
+from ttt_compiler.compat import processor
 
 PROJECT = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
 
@@ -50,7 +51,7 @@ def test_a_machine_that_passes_tests_is_healthy():
 
 
 def test_no_compiler(monkeypatch):
-    monkeypatch.setattr(compat, "cpp_compiler", lambda: None)
+    monkeypatch.setattr(processor, "cpp_compiler", lambda: None)
     result = run("doctor")
     assert result.exit_code == 1
     assert line(result.output, "C++ compiler").startswith("MISSING ")

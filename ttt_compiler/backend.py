@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 
 from ttt_compiler import compat
 from ttt_compiler.codegen import ops  # noqa: F401  (registers the ops before any graph is loaded)
+from ttt_compiler.compat.cache_names import NEW, OLD, cache_in
 from ttt_compiler.config import TTTConfig
 from ttt_compiler.conversion import (
     ENTRY,
@@ -221,7 +222,8 @@ def _check_region(module: nn.Module, kwargs: Mapping[str, Any]) -> None:
             "checkpointing), without the positions or the mask of the call it belongs to. Compile the whole "
             'model instead of its parts: model.compile(backend="inplace_ttt")'
         )
-    named = [k for k in ("past_key_values", "position_ids", "attention_mask") if kwargs.get(k) is not None]
+    caches = [k for k in (OLD, NEW) if cache_in({k: kwargs.get(k)}) is not None]
+    named = caches + [k for k in ("position_ids", "attention_mask") if kwargs.get(k) is not None]
     if named or kwargs.get("use_cache") is True:
         raise CacheError(
             f"{type(module).__name__} is a part of a converted model, called by itself with "

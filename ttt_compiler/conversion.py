@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from ttt_compiler.codegen.ops import require_kernels
 from ttt_compiler.compat import forget_compiled_call, inner_tensor, known_parameters
+from ttt_compiler.compat.cache_names import OLD, own_name, unusual_cache
+from ttt_compiler.compat.looped_layers import complete
 from ttt_compiler.config import TTTConfig
 from ttt_compiler.discover import Discovery, FoundMLP, Inputs, discover
 from ttt_compiler.eligibility import check_sites, named_layers
@@ -121,6 +123,7 @@ def convert(
         attach(model.get_submodule(name), group, context)
     for mlp in found.mlps:
         _seen_weights[tensor_of(model, mlp.weight)] = context if mlp in chosen else None
+    make_cache = cache_factory(model)
     _install(
         model,
         Root(
@@ -132,7 +135,9 @@ def convert(
             context=context,
             slots=forward_slots(_plain_forward(model)),
             keeps=found.keeps,
-            make_cache=cache_factory(model),
+            make_cache=make_cache,
+            cache_name=OLD if make_cache is None else own_name(_plain_forward(model)),
+            unusual_cache=unusual_cache(model, _plain_forward(model)),
         ),
     )
     return model
@@ -331,6 +336,7 @@ def _install(model: nn.Module, root: Root) -> None:
     @functools.wraps(inner)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         here: Root = self.__dict__[NAME]
+        kwargs = here.named(kwargs)
         # Not ``is_compiling()``: that is true in every thread while any of them compiles.
         if not (torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting()):
             with here.lock:
@@ -384,6 +390,7 @@ def cache_factory(model: nn.Module) -> Callable[[], Any] | None:
     def make() -> Any:
         from transformers import DynamicCache
 
-        return DynamicCache(config=config.get_text_config(decoder=True))
+        text = config.get_text_config(decoder=True)
+        return complete(DynamicCache(config=text), text)
 
     return make

@@ -43,7 +43,7 @@ EXAMPLES = [
         converted=1,
         base="yes",
         oracle="yes",
-        decode="the base model's own does not: it returns no past_key_values",
+        decode="the base model's own does not: it returns no cache",
     ),
     Audit("f", "not captured: Unsupported: | data-dependent"),
     Audit("g", "not searched: KeyError: 1"),

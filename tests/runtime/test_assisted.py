@@ -8,6 +8,7 @@ import torch
 import ttt_compiler as ttt
 from tests import models
 from tests.runtime.generation import LENGTHS, NEW, fast, run
+from tests.runtime.test_generation_modes import EVERYWHERE, STATIC_CROPS
 from tests.tolerances import SEGMENTATION, relative_error
 from ttt_compiler.errors import CacheError
 from ttt_compiler.runtime.state import FastWeightState
@@ -20,6 +21,13 @@ ASSISTED = {
     "draft model with fast weights": {"assistant_model": "fast"},
     "drafts that grow": {"assistant_model": "same", "schedule": "heuristic"},
 }
+if STATIC_CROPS:
+    static = {"cache_implementation": "static", "max_cache_len": 64}
+    ASSISTED["prompt lookup, static"] = {"prompt_lookup_num_tokens": 3} | static
+    ASSISTED["draft model, compiled by generate"] = {
+        "assistant_model": "base",
+        "compile_config": EVERYWHERE,
+    } | static
 
 
 def draft():

@@ -29,13 +29,18 @@ from transformers import (
     StaticCache,
     TextIteratorStreamer,
 )
+from transformers.cache_utils import LinearAttentionAndStaticFullAttentionLayer, StaticLayer
 
 import ttt_compiler as ttt
 from tests import models
 from tests.runtime.generation import LENGTHS, NEW, compiled, fast, run
 from tests.tolerances import SEGMENTATION, relative_error
+from ttt_compiler.compat.cache_names import installed_name
 from ttt_compiler.errors import CacheError, CropError
+from ttt_compiler.runtime.cache import attach_state
 
+# Since transformers 5.24.
+STATIC_CROPS = hasattr(StaticLayer, "crop")
 EVERYWHERE = CompileConfig()
 EVERYWHERE._compile_all_devices = True
 
@@ -136,17 +141,18 @@ def test_text_streamer_in_a_thread(model, greedy):
     assert [int(t) for t in text.split()] == greedy(11)[0, 11:].tolist()
 
 
-def widest(model, input_ids, generation_config, past_key_values, step, **kwargs):
+def widest(model, input_ids, generation_config, step, **kwargs):
     """A decoding loop of a user's own: of the 3 likeliest tokens, the one that is surest of what follows."""
-    logits = step(input_ids, past_key_values)
+    cache = kwargs.get(installed_name())
+    logits = step(input_ids, cache)
     while input_ids.shape[1] < generation_config.max_length:
         tokens = logits[0, -1].topk(3).indices[:, None]
-        if past_key_values is not None:
-            past_key_values.batch_repeat_interleave(3)
-        logits = step(torch.cat([input_ids.expand(3, -1), tokens], 1), past_key_values)
+        if cache is not None:
+            cache.batch_repeat_interleave(3)
+        logits = step(torch.cat([input_ids.expand(3, -1), tokens], 1), cache)
         best = logits[:, -1].amax(-1).argmax()[None]
-        if past_key_values is not None:
-            past_key_values.batch_select_indices(best)
+        if cache is not None:
+            cache.batch_select_indices(best)
         input_ids, logits = torch.cat([input_ids, tokens[best]], 1), logits[best]
     return input_ids
 
@@ -161,7 +167,7 @@ def test_a_custom_loop_that_repeats_and_selects_rows(model, truth):
     tokens = models.ids(1, 6)
     out = run(model, tokens, custom_generate=widest, step=through_cache)
     settings = type("", (), {"max_length": 6 + NEW})
-    assert torch.equal(out, widest(truth, tokens, settings, None, whole))
+    assert torch.equal(out, widest(truth, tokens, settings, whole))
 
 
 class TestStaticCaches:
@@ -191,6 +197,20 @@ class TestStaticCaches:
         with pytest.raises(CacheError, match="holds 6 tokens but no fast weights"):
             run(model, models.ids(1, 8), past_key_values=cache)
 
+    @pytest.mark.skipif(not STATIC_CROPS, reason="this version's static layers cannot be cropped")
+    def test_tokens_are_taken_back(self, model):
+        tokens, cache = models.ids(1, 14), StaticCache(model.config, max_cache_len=64)
+        parts = [model(tokens[:, :6], past_key_values=cache).logits]
+        model(models.ids(1, 1, seed=9), past_key_values=cache)
+        with pytest.raises(CropError, match="only 3 stand after the last written chunk"):
+            cache.crop(-4)
+        assert cache.ttt.tokens_seen == [int(cache.get_seq_length())] == [7]
+        cache.crop(-1)
+        assert cache.ttt.tokens_seen == [int(cache.get_seq_length())] == [6]
+        parts.append(model(tokens[:, 6:], past_key_values=cache).logits)
+        assert relative_error(torch.cat(parts, 1), models.oracle(model, tokens)) < SEGMENTATION
+
+    @pytest.mark.skipif(STATIC_CROPS, reason="this version's static layers can be cropped")
     def test_tokens_cannot_be_taken_back(self, model):
         cache = StaticCache(model.config, max_cache_len=64)
         model(models.ids(1, 7), past_key_values=cache)
@@ -247,6 +267,36 @@ def test_a_sliding_window_takes_back_what_it_recorded_only(hybrid):
     session.cache.crop(-6)
     out = torch.cat([first, hybrid(tokens[:, 7:], past_key_values=session.cache).logits], 1)
     assert relative_error(out, models.oracle(hybrid, tokens)) < SEGMENTATION
+
+
+def test_a_convolution_takes_back_what_it_recorded_only(convolution):
+    tokens = models.ids(1, 14)
+    session = ttt.Session(convolution)
+    first = convolution(tokens[:, :7], past_key_values=session.cache).logits
+    with pytest.raises(CropError, match="a convolution keeps its last tokens alone"):
+        session.cache.crop(-1)
+    assert session.tokens_seen == [7]
+    session.cache.activate_past_recording()
+    convolution(models.ids(1, 4, seed=9), past_key_values=session.cache)
+    session.cache.crop(-4)
+    out = torch.cat([first, convolution(tokens[:, 7:], past_key_values=session.cache).logits], 1)
+    assert relative_error(out, models.oracle(convolution, tokens)) < SEGMENTATION
+
+
+def test_static_keys_beside_a_convolution_are_not_left_behind(convolution):
+    """When this fails, transformers crops both, and the rule in ``runtime/cache.py`` may go."""
+    layer = LinearAttentionAndStaticFullAttentionLayer(max_cache_len=8)
+    cache = DynamicCache()
+    cache.layers = [layer]
+    cache.activate_past_recording()
+    layer.update_conv_state(torch.ones(1, 2, 4), conv_kernel_size=4)
+    layer.update(*torch.ones(2, 1, 1, 4, 2))
+    assert cache.is_croppable
+    with pytest.raises(CropError, match="LinearAttentionAndStaticFullAttentionLayer cannot be cropped"):
+        attach_state(cache, ttt.Session(convolution).state).crop(-1)
+    layer.crop(-1)
+    assert layer.conv_states[0].shape[-1] == 3
+    assert int(layer.get_seq_length()) == 4
 
 
 def test_encoder_decoder_caches_of_a_decoder():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 
 import pytest
@@ -11,6 +10,8 @@ from transformers import StaticCache
 
 from tests.tolerances import relative_error
 from ttt_compiler.architectures import UnbuildableError, build, causal_lm_types, token_inputs
+from ttt_compiler.compat.cache_names import own_name
+from ttt_compiler.compat.looped_layers import complete
 from ttt_compiler.conversion import cache_factory
 from ttt_compiler.errors import SnapshotError
 from ttt_compiler.runtime.layers import check_layers, export_layers, fill_layers, fork_cache, layer_bytes
@@ -46,11 +47,7 @@ def goes_on(model, make, ids):
     """Run, store, restore, fork, go on with all three. What makes the model itself fail is a skip."""
     cache = make()
     first, *cuts = CUTS
-
-    # mamba's own name for it
-    name = (
-        "cache_params" if "cache_params" in inspect.signature(model.forward).parameters else "past_key_values"
-    )
+    name = own_name(model.forward)
 
     def read(tokens, cache):
         with torch.no_grad():
@@ -98,15 +95,16 @@ STATIC = (
     "qwen3_next",
     "falcon_h1",
     "deepseek_v3",
+    "dory",
 )
 
 
-@pytest.mark.parametrize("model_type", STATIC)
+@pytest.mark.parametrize("model_type", [t for t in STATIC if t in causal_lm_types()])
 def test_static(model_type):
     model = tiny(model_type)
     config = model.config.get_text_config(decoder=True)
     ids = token_inputs(model, ROWS, CUTS[-1])["input_ids"]
-    goes_on(model, lambda: StaticCache(config=config, max_cache_len=ROOM), ids)
+    goes_on(model, lambda: complete(StaticCache(config=config, max_cache_len=ROOM), config), ids)
 
 
 def test_why_recurrent_gemma_cannot():

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ttt_compiler.architectures.expected import KINDS, expected_down_projections
 from ttt_compiler.architectures.oracle import oracle_call
 from ttt_compiler.architectures.tiny import UnbuildableError, build, token_inputs
+from ttt_compiler.compat.cache_names import own_name, returned_cache
 from ttt_compiler.config import TTTConfig
 from ttt_compiler.conversion import convert, disabled, revert
 from ttt_compiler.discover import discover
@@ -187,11 +188,11 @@ def _decode_error(model: nn.Module, ids: Tensor) -> str:
     whole = _logits(model(input_ids=ids, use_cache=False))
     cache, parts = None, []
     for part in ids.split(SEGMENTS, dim=1):
-        given: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
+        given: dict[str, Any] = {} if cache is None else {own_name(model.forward): cache}
         out = model(input_ids=part, use_cache=True, **given)
-        cache = getattr(out, "past_key_values", None)
+        cache = returned_cache(out)
         if cache is None:
-            return "it returns no past_key_values"
+            return "it returns no cache"
         parts.append(_logits(out))
     error = float((torch.cat(parts, 1) - whole).abs().max() / whole.abs().max())
     return OK if error <= CLOSE else f"differs by {error:.1e} of the largest logit"

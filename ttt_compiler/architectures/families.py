@@ -45,12 +45,26 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "cpmant": {"prompt_types": 4, "segment_types": 4},
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}, "ffn_config": {"ffn_hidden_size": 48}},
     "doge": {"intermediate_size": 160},
+    # A layer before, in and after the section that is run twice.
+    "dory": {
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "num_hidden_layers": 3,
+        "n_input_layers": 1,
+        "n_recurrent_layers": 1,
+        "n_output_layers": 1,
+    },
     "dots3_note_text": {**_DOTS_SLIDING, "head_dim": 16},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "gemma4_text": {**_GEMMA4, "enable_moe_block": True},
     "gemma4_unified_text": _GEMMA4,
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "inkling2_loop_text": {
+        "n_layers_per_attn_res_block": 1,
+        "loop_layer_index_start": 1,
+        "loop_layer_index_end": 2,
+        "loop_gate_rank": 8,
+    },
     "inkling_text": _DENSE_THEN_SPARSE,
     "jamba": {
         "intermediate_size": 160,

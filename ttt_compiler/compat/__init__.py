@@ -17,6 +17,7 @@ from typing import Any, TypeGuard, cast
 import torch
 from torch import Tensor, fx, nn
 
+from ttt_compiler.compat.cache_names import see_through_renames
 from ttt_compiler.errors import TTTError, UnsupportedModelError
 
 CHECKED_TORCH = "2.13"
@@ -84,6 +85,7 @@ def install_compile_hook(
         if compiler_fn not in backends:
             return fn if runs_ours(fn) else original(self, fn)
         check(backend_kwargs)
+        see_through_renames()
         if isinstance(fn, OptimizedModule):
             fn = fn._orig_mod
         module = fn if isinstance(fn, nn.Module) else getattr(fn, "__self__", None)
@@ -133,6 +135,7 @@ def capture(fn: Callable[..., Any], backend: Callable[..., Any]) -> Callable[...
     Behind a graph break Dynamo compiles functions that models of one class share, anew for every ``backend``:
     those must not run into ``recompile_limit``, from which on they would not be captured at all.
     """
+    see_through_renames()
     compiled = torch.compile(own_code(fn), backend=backend, dynamic=False)
 
     def call(*args: Any, **kwargs: Any) -> Any:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ttt_compiler.compat.cache_names import own_name
 from ttt_compiler.errors import UnsupportedModelError
 from ttt_compiler.runtime.layer_states import Compressed
 from ttt_compiler.runtime.layers import KINDS
@@ -145,7 +146,7 @@ def cache_kinds(
     try:
         cache: Any = StaticCache(text, max_cache_len=_RESERVED) if static else DynamicCache(config=text)
         with torch.no_grad():
-            twin(input_ids=ids, past_key_values=cache, use_cache=True)
+            twin(input_ids=ids, use_cache=True, **{own_name(twin.forward): cache})
     except Exception as e:
         raise UnsupportedModelError(
             f"{type(twin).__name__}: its {'static ' * static}cache cannot be measured without weights "

@@ -3,8 +3,8 @@
 Assisted decoding takes tokens back, from caches that no call has seen yet, so the place where ``generate``
 prepares its cache says so. Continuous batching runs in a thread that logs errors and returns prompts, so it
 is refused at its door as well as in the call. May be changed here: which methods of a model are wrapped,
-and which caches are refused. Checked on transformers 5.23; ``tests/runtime/test_generation_modes.py`` and
-``test_assisted.py`` fail when one of them moves.
+and which caches are refused. Checked on transformers 5.23 and 5.24;
+``tests/runtime/test_generation_modes.py`` and ``test_assisted.py`` fail when one of them moves.
 """
 
 from __future__ import annotations
@@ -17,14 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from ttt_compiler.compat.cache_names import cache_in, installed_name, returned_cache, under
 from ttt_compiler.errors import CacheError
 from ttt_compiler.runtime.cache import RECORDS, cached_tokens, record_past
 
 if TYPE_CHECKING:
     from ttt_compiler.runtime.root import Root
 
-# Arguments in which models of transformers keep what they have read, other than ``past_key_values``.
-_OTHER_CACHES = ("cache_params", "state", "mems", "past_buckets_states")
 # Arguments that only continuous batching passes.
 _PAGED = ("read_index", "write_index")
 _NO_PAGES = (
@@ -58,20 +57,25 @@ def require_carriable(root: Root, args: tuple[Any, ...], kwargs: Mapping[str, An
         raise CacheError(_NO_PAGES)
     if root.make_cache is None:
         return
-    if getattr(root.argument("past_key_values", args, kwargs), "offloading", False):
+    cache, given = root.cache(args, kwargs), root.argument(root.cache_name, args, kwargs)
+    if given is not None and root.cache_name != root.unusual_cache and not hasattr(given, "get_seq_length"):
+        raise CacheError(
+            f"{root.cache_name}= is a {type(given).__name__}, which cannot carry fast weights. Pass a "
+            "transformers DynamicCache, or ttt.Session(model).cache"
+        )
+    if getattr(cache, "offloading", False):
         raise CacheError(
             "an offloaded cache moves keys and values to the CPU, and this model runs there. Leave "
             'cache_implementation="offloaded" (or offloading=True) out'
         )
-    cached = root.argument("past_key_values", args, kwargs) is not None
-    if root.keeps is not None and (cached or root.argument("use_cache", args, kwargs) is True):
+    if root.keeps is not None and (cache is not None or root.argument("use_cache", args, kwargs) is True):
         raise CacheError(
             f"this model keeps what it has read in {root.keeps}, inside of its modules, where the tokens "
             "of two sequences would mix. Pass use_cache=False (generate takes it too): every step then reads "
             "the whole sequence"
         )
-    name = next((n for n in _OTHER_CACHES if n in root.slots), None)
-    used = name is not None and root.argument(name, args, kwargs) is not None
+    name = root.unusual_cache
+    used = name is not None and (cache is not None or root.argument(name, args, kwargs) is not None)
     if used or (name is not None and root.argument("use_cache", args, kwargs) is True):
         raise CacheError(
             f"this model keeps what it has read in {name!r}, which cannot carry fast weights. Pass "
@@ -82,8 +86,8 @@ def require_carriable(root: Root, args: tuple[Any, ...], kwargs: Mapping[str, An
 def require_new_tokens(cache: Any, pos: Tensor | None) -> None:
     """Raise when assisted decoding reads again what its cache already holds.
 
-    transformers 5.23 slices what is new off a sequence before every other prefill, not before this one: keys
-    and values would stand in the cache twice, and the fast weights would begin anew.
+    transformers (5.23, 5.24) slices what is new off a sequence before every other prefill, not before this
+    one: keys and values would stand in the cache twice, and the fast weights would begin anew.
 
     Raises:
         CacheError: with what to type instead.
@@ -125,7 +129,7 @@ def _saying_what_is_assisted(inner: Callable[..., Any]) -> Callable[..., Any]:
         given = inspect.signature(inner).bind(self, *args, **kwargs).arguments
         _refuse_early_exit(self, given.get("generation_config"))
         out = inner(self, *args, **kwargs)
-        cache = given["model_kwargs"].get("past_key_values")
+        cache = cache_in(given["model_kwargs"])
         if cache is not None:
             config, mode = given.get("generation_config"), given.get("generation_mode")
             draft = bool(getattr(config, "is_assistant", False))
@@ -138,14 +142,18 @@ def _saying_what_is_assisted(inner: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _ending_what_is_assisted(inner: Callable[..., Any]) -> Callable[..., Any]:
-    """``generate``: what it records for taking tokens back ends with it."""
+    """``generate``: takes a cache under either name; what it records for taking tokens back ends with it."""
 
     @functools.wraps(inner)
     def generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        caches = [kwargs.get("past_key_values")]
+        from ttt_compiler.runtime.root import require_root
+
+        if require_root(self)[1].make_cache is not None:
+            kwargs = under(installed_name(), kwargs)
+        caches = [cache_in(kwargs)]
         try:
             out = inner(self, *args, **kwargs)
-            caches.append(getattr(out, "past_key_values", None))
+            caches.append(returned_cache(out))
             return out
         finally:
             for cache in caches:

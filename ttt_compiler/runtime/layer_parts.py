@@ -3,7 +3,7 @@
 A part is a group of attributes that several kinds of layers have in common; ``layers.py`` says which kind
 has which parts, and those beside keys and values are in ``layer_states.py``. What a part writes in place
 is cloned by a fork; what it replaces by a new tensor (``torch.cat``) may be shared. Each class names the
-method of transformers 5.23 that decides. May be changed here: parts of new kinds of layers.
+method of transformers (5.23, 5.24) that decides. May be changed here: parts of new kinds of layers.
 
 A stored part is a JSON-ready description and tensors. ``check`` reads both from a file that may lie: it
 raises :class:`UnfitError` before anything is built, and ``fill`` looks up no attribute that a file names.

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ttt_compiler.compat import size_hint, visible_mlps
+from ttt_compiler.compat.cache_names import NEW, OLD, cache_in, under
 from ttt_compiler.config import TTTConfig
 from ttt_compiler.errors import (
     CacheError,
@@ -79,6 +80,8 @@ class Root:
         lock: held by a call; the context above serves one call at a time.
         keeps: an attribute in which the model itself keeps what it has read, outside of any cache.
         make_cache: builds an empty key/value cache, or None for models without one.
+        cache_name: under which the forward of a model of transformers takes its cache.
+        unusual_cache: the argument in which the model keeps what it has read, if that is of another kind.
     """
 
     config: TTTConfig
@@ -90,6 +93,8 @@ class Root:
     slots: Mapping[str, int]
     keeps: str | None = None
     make_cache: Callable[[], Any] | None = field(default=None, repr=False)
+    cache_name: str = OLD
+    unusual_cache: str | None = None
     forward: Callable[..., Any] | None = field(default=None, repr=False)
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
     lock: CallLock = field(default_factory=CallLock, repr=False)
@@ -175,7 +180,8 @@ class Root:
             CacheError: the cache holds tokens whose fast weights are unknown, or of another batch.
             PositionError: positions of another shape than ``[batch, tokens]``.
         """
-        cache = self.argument("past_key_values", args, kwargs)
+        kwargs = self.named(kwargs)
+        cache = self.cache(args, kwargs)
         if not self.context.enabled:
             if is_carrier(cache):
                 raise CacheError(
@@ -202,7 +208,7 @@ class Root:
             if self.make_cache is None or self.argument("use_cache", args, kwargs) is not True:
                 return kwargs, False
             cache = self.make_cache()
-            kwargs = {**kwargs, "past_key_values": cache}
+            kwargs = {**kwargs, self.cache_name: cache}
         tokens = self._tokens(args, kwargs)
         if tokens is None:
             raise CacheError(
@@ -250,7 +256,7 @@ class Root:
     @contextlib.contextmanager
     def running(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[None]:
         """Around a prepared call: an error that leaves its sequences half advanced marks them lost."""
-        cache = self.argument("past_key_values", args, kwargs)
+        cache = self.cache(args, kwargs)
         state = kwargs.get(STATE_ARGUMENT)
         if state is None and self.context.enabled and is_carrier(cache):
             state = cache.ttt
@@ -271,7 +277,7 @@ class Root:
 
     def kind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[object, ...]:
         """What a call looks like apart from its sizes; calls of one kind share compiled code."""
-        cache, tokens = self.argument("past_key_values", args, kwargs), self._tokens(args, kwargs)
+        cache, tokens = self.cache(args, kwargs), self._tokens(args, kwargs)
         given = frozenset(name for name, value in kwargs.items() if value is not None)
         fresh = cache is not None and cached_tokens(cache) == 0
         one = tokens is not None and tokens.shape[1] == 1
@@ -288,7 +294,7 @@ class Root:
     def enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Captured with the model: set the call's state and positions for its sites."""
         state = kwargs.pop(STATE_ARGUMENT, None)
-        cache = self.argument("past_key_values", args, kwargs)
+        cache = self.cache(args, kwargs)
         if state is None and cache is not None:
             if not is_carrier(cache):
                 raise CacheError("this cache carries no fast weights: pass ttt.Session(model).cache")
@@ -326,6 +332,14 @@ class Root:
             return kwargs[name]
         slot = self.slots.get(name)
         return args[slot] if slot is not None and slot < len(args) else None
+
+    def named(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """``kwargs`` with the cache under the name that forward takes, whatever it was given as."""
+        return kwargs if self.make_cache is None else under(self.cache_name, kwargs, self.slots)
+
+    def cache(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The cache of a call, wherever it was passed; None when it was not."""
+        return cache_in({name: self.argument(name, args, kwargs) for name in (OLD, NEW)})
 
     def _tokens(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
         ids: Tensor | None = self.argument("input_ids", args, kwargs)

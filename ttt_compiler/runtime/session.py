@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ttt_compiler.compat.looped_layers import complete
 from ttt_compiler.errors import CacheError, ConfigError
 from ttt_compiler.runtime import snapshot
 from ttt_compiler.runtime.cache import attach_state, evict, only_last, plain_layers, require_empty
@@ -26,7 +27,7 @@ from ttt_compiler.spec import SiteSpec
 class Session:
     """Running sequences of a converted model.
 
-    For a transformers model, pass ``session.cache`` as ``past_key_values`` (to the model or to
+    For a transformers model, pass ``session.cache`` as ``past_key_values`` or ``cache`` (to the model or to
     ``generate``). For a model without a cache, pass ``session.state`` as ``ttt_state``.
 
     Args:
@@ -184,6 +185,9 @@ class Session:
         module, root = require_root(model)
         if cache is not None:
             require_empty(cache)
+            if root.make_cache is not None:
+                config: Any = module.config
+                complete(cache, config.get_text_config(decoder=True))
         elif root.make_cache is not None:
             cache = root.make_cache()
         loaded = snapshot.load(path, module, root, cache)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ttt_compiler.codegen.cpu import native
-from ttt_compiler.codegen.cpu.gemm import static_apply
 from ttt_compiler.codegen.layout import StateTensors
 from ttt_compiler.spec import SiteSpec, state_dtype
 
@@ -52,10 +52,8 @@ def decode(
         pos = pos.long().contiguous()
     (members, _, f), d = h.shape, w0.shape[0]
     y = h.new_empty(members, 1, d)
-    arguments = (
-        h.data_ptr(),
-        t.data_ptr(),
-        y.data_ptr(),
+    operands = (h.data_ptr(), t.data_ptr())
+    rest = (
         None if bias is None else bias.data_ptr(),
         state.w.data_ptr(),
         state.tail_h.data_ptr(),
@@ -74,9 +72,10 @@ def decode(
         state.capacity,
         torch.get_num_threads() if d * f >= _MANY else 1,
     )
-    result = function(*arguments, 0)
+    result = function(*operands, y.data_ptr(), *rest, 0)
     if result == _NEEDS_BASE:
-        # One read of W0 for the whole batch, by the base model's own projection.
-        static_apply(h, w0, bias, out=y)
-        result = function(*arguments, 1)
+        # One read of W0 for all rows, by the base model's own projection: static_apply's product, in one
+        # call, since each costs microseconds after a matrix went through the cache.
+        y = functional.linear(h, w0, bias)
+        result = function(*operands, y.data_ptr(), *rest, 1)
     return y, result == _ALL
