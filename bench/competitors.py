@@ -25,8 +25,6 @@ from ttt_compiler.spec import SiteSpec
 
 Run = Callable[[], Tensor]
 Product = Callable[[Tensor, Tensor], Tensor]
-# Dynamo does not trace what asks the processor.
-_PRODUCTS = {d: product_dtype(d) for d in (torch.float32, torch.bfloat16)}
 
 
 def stacked(
@@ -45,7 +43,8 @@ def stacked(
     """
     batch, length, width = h.shape
     short = -length % chunk
-    h, t = (functional.pad(x, (0, 0, 0, short)) for x in (h, t))
+    if short:  # a pad of nothing is a copy
+        h, t = (functional.pad(x, (0, 0, 0, short)) for x in (h, t))
     n = (length + short) // chunk
     hc = h.view(batch, n, chunk, width)
     tc = t.view(batch * n, chunk, -1).transpose(1, 2)
@@ -120,7 +119,7 @@ def products(layer: Layer, *, state: bool) -> dict[str, Run]:
     In fp32, widened beforehand, where the processor has no unit for the dtype; into buffers that exist.
     ``state``: whether the last complete chunk is written too.
     """
-    s, wide = layer.shape, _PRODUCTS[layer.dtype]
+    s, wide = layer.shape, product_dtype(layer.dtype)
     # Small, since nothing sets w back between rounds.
     h, t, w0, proj = (x.to(wide) for x in (layer.h, layer.t, layer.w0, layer.proj * 1e-6))
     w, y, v = (
@@ -160,7 +159,8 @@ def forward(layer: Layer) -> dict[str, Run]:
 
 def other_library(layer: Layer) -> bool:
     """Whether ours makes products by another library than torch's operations do."""
-    return layer.dtype == torch.float32 and gemm.is_amd() and min(layer.shape.chunk, layer.shape.tokens) >= 16
+    rows = min(layer.shape.chunk, layer.shape.tokens)
+    return layer.dtype == torch.float32 and gemm.is_amd() and rows >= gemm.ONEDNN_MIN_ROWS
 
 
 def prefill(layer: Layer) -> dict[str, Run]:

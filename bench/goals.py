@@ -6,14 +6,11 @@ of the files is about is listed as not measured. May be changed here: bounds, if
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from bench.page import Block, markdown, text
-from bench.results import OURS, Case, load, peaks
-from ttt_compiler.errors import TTTError
+from bench.page import Block, command
+from bench.results import OURS, Case, peaks
 
 TRAIN, LOOP = "official training form", "official inference loop"
 MEDIUM = {"d": 1024, "f": 3072, "batch": 1}
@@ -218,20 +215,5 @@ def table(cases: Sequence[Case], *, all_of_them: bool = True) -> Block:
     return Block("Goals", head=head, rows=rows)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="of pytest-benchmark, JSON")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write a page there, print nothing")
-    a = parser.parse_args()
-    try:
-        block = table(load(a.files))
-        if a.markdown:
-            a.markdown.write_text(markdown([block]))
-        else:
-            print(text([block]), end="")
-    except (TTTError, OSError) as e:
-        raise SystemExit(f"error: {e}") from e
-
-
 if __name__ == "__main__":
-    main()
+    command(__doc__.partition("\n")[0], lambda cases: [table(cases)])

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bench.layer_forward import stacked
+from bench.competitors import stacked
 from ttt_compiler.codegen import ops, reference  # noqa: F401
 
 RESULTS = Path(__file__).parent / "results"

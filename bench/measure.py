@@ -1,15 +1,16 @@
 """Paired timing: competitors in one process, interleaved, medians and ratios.
 
-Every callable runs once per round, in rotated order; a ratio is taken within its round, so that a busy
-machine disturbs both sides alike.
+Every callable runs once per round, in an order that changes; a ratio is taken within its round, so that a
+busy machine disturbs both sides alike.
 """
 
 from __future__ import annotations
 
 import gc
+import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +33,21 @@ def clock_of(threads: int) -> Callable[[], float]:
     return time.thread_time if threads == 1 else time.perf_counter
 
 
+def one_round(
+    competitors: Mapping[str, Callable[[], object]], clock: Callable[[], float], order: random.Random
+) -> dict[str, float]:
+    """Seconds of one call of each, in a random order.
+
+    Who runs after whom changes: one that finds its operands in the cache owes it to the one before.
+    """
+    taken = {}
+    for name in order.sample(list(competitors), len(competitors)):
+        start = clock()
+        competitors[name]()
+        taken[name] = clock() - start
+    return taken
+
+
 def paired(
     competitors: dict[str, Callable[[], object]],
     rounds: int,
@@ -41,16 +57,13 @@ def paired(
     names = list(competitors)
     for name in names:
         competitors[name]()
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    order = random.Random(0)
     gc.disable()
     try:
-        for r in range(rounds):
-            for name in names[r % len(names) :] + names[: r % len(names)]:
-                start = clock()
-                competitors[name]()
-                seconds[name].append(clock() - start)
+        taken = [one_round(competitors, clock, order) for _ in range(rounds)]
     finally:
         gc.enable()
+    seconds = {name: [one[name] for one in taken] for name in names}
     out = {}
     for name in names:
         ratios = sorted(a / b for a, b in zip(seconds[name], seconds[names[0]], strict=True))

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+
+from bench.results import Case, load
+from ttt_compiler.errors import TTTError
 
 
 @dataclass
@@ -51,3 +56,19 @@ def _once(rows: Sequence[Sequence[str]]) -> list[Sequence[str]]:
     """Rows whose first cell says only what the one above does not."""
     before = [None, *(row[0] for row in rows)]
     return [("" if row[0] == b else row[0], *row[1:]) for row, b in zip(rows, before, strict=False)]
+
+
+def command(description: str, blocks: Callable[[Sequence[Case]], Sequence[Block]]) -> None:
+    """The command line of what makes ``blocks`` of the cases of files: prints them, or writes a page."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="of pytest-benchmark, JSON")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write a page there, print nothing")
+    a = parser.parse_args()
+    try:
+        made = blocks(load(a.files))
+        if a.markdown:
+            a.markdown.write_text(markdown(made))
+        else:
+            print(text(made), end="")
+    except (TTTError, OSError) as e:
+        raise SystemExit(f"error: {e}") from e

@@ -7,17 +7,14 @@ file lacks is listed, never guessed. May be changed here: columns and wording.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from bench.goals import table as goals
-from bench.page import Block, markdown, text
-from bench.results import AT, OURS, STATIC, Case, load, peaks, series
-from ttt_compiler.errors import TTTError
+from bench.page import Block, command
+from bench.results import AT, OURS, STATIC, Case, peaks, series
 
 LEGEND = (
     "Base: the first competitor of a case. In brackets: quartiles over rounds, of ratios within a round.",
@@ -197,20 +194,5 @@ def _ratio(taken: dict[str, float] | None) -> str:
     return f"{taken['ratio']:.2f}{spread}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="of pytest-benchmark, JSON")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write a page there, print nothing")
-    a = parser.parse_args()
-    try:
-        blocks = report(load(a.files))
-        if a.markdown:
-            a.markdown.write_text(markdown(blocks))
-        else:
-            print(text(blocks), end="")
-    except (TTTError, OSError) as e:
-        raise SystemExit(f"error: {e}") from e
-
-
 if __name__ == "__main__":
-    main()
+    command(__doc__.partition("\n")[0], report)

@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from bench import goals, plots, report, results
+from bench.page import Block, markdown, text
 from ttt_compiler import suite
 from ttt_compiler.cli import app
 from ttt_compiler.errors import TTTError
@@ -93,7 +94,7 @@ def record(tmp_path):
     return write
 
 
-def rows(block: report.Block) -> dict[str, dict[str, str]]:
+def rows(block: Block) -> dict[str, dict[str, str]]:
     return {row[1]: dict(zip(block.head, row, strict=True)) for row in block.rows}
 
 
@@ -129,7 +130,7 @@ def test_peak_is_of_the_same_machine_and_dtype(record):
 
 
 def test_growth_border_and_layers(record):
-    page = report.text(report.report(results.load([record(GROWTH, LAYERS, BORDER)])))
+    page = text(report.report(results.load([record(GROWTH, LAYERS, BORDER)])))
     assert "Growth with T, D=64 F=128 C=32 B=1 float32: ms" in page
     assert "T^1.02, R² 0.990" in page
     assert "T^1.58, R² 1.000" in page
@@ -190,13 +191,13 @@ def test_any_field_may_be_missing(record, tmp_path, info):
         blocks = report.report(cases)
         said = {b.title: b.lines for b in blocks}.get("Missing in the file", [])
         assert any(gone in line for line in said), f"{gone}: {said}"
-        assert report.markdown(blocks)
-        assert report.text(blocks)
+        assert markdown(blocks)
+        assert text(blocks)
         assert plots.plots(cases, tmp_path / "plots")
 
 
 def test_a_case_of_nothing(record):
-    page = report.text(report.report(results.load([record({})])))
+    page = text(report.report(results.load([record({})])))
     assert "test_0: kind, shape, times" in page
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from bench.environment import environment
-from bench.measure import clock_of
+from bench.measure import clock_of, one_round
 from bench.results import AT, OURS
 
 Runs = dict[str, Callable[[], object]]
@@ -60,18 +60,15 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., dic
     ) -> dict[str, dict[str, float]]:
         clock, names = clock_of(torch.get_num_threads()), list(runs)
         seconds: dict[str, list[float]] = {name: [] for name in names}
-        # Who runs after whom changes: one that finds its operands in the cache owes it to the one before.
         order = random.Random(0)
 
-        def one_round() -> None:
-            for name in order.sample(names, len(names)):
-                start = clock()
-                runs[name]()
-                seconds[name].append((clock() - start) / repeats)
+        def turn() -> None:
+            for name, taken in one_round(runs, clock, order).items():
+                seconds[name].append(taken / repeats)
 
         option = request.config.getoption
         rounds = option("--rounds") or (1 if option("--ci") else 3 if option("--quick") else rounds)
-        benchmark.pedantic(one_round, rounds=rounds, warmup_rounds=1)
+        benchmark.pedantic(turn, rounds=rounds, warmup_rounds=1)
         benchmark.extra_info |= info
         benchmark.extra_info["times"] = times = {
             name: _summary(taken[1:], seconds[(bases or {}).get(name, names[0])][1:])

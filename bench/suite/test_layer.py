@@ -42,41 +42,31 @@ GRID = shapes(
 )
 
 
-def _beside(layer, runs, *, state):
+def measure(compare, shape, competing, *, state):
+    """The competitors of a layer beside the static product and what bounds them."""
+    layer = Layer(shape)
+    runs = competing(layer)
+    errors = layer.gate(runs)
     limits = competitors.libraries(layer) | competitors.products(layer, state=state)
-    return {"static": competitors.static(layer), **limits, **runs}
+    with torch.no_grad():
+        compare(
+            {"static": competitors.static(layer), **limits, **runs},
+            kind=competing.__name__,
+            shape=vars(shape),
+            errors=errors,
+            flops=shape.forward_flops(state=state),
+            static_flops=shape.static_flops,
+        )
 
 
 @pytest.mark.parametrize("shape", GRID)
 def test_forward(compare, shape):
-    layer = Layer(shape)
-    runs = competitors.forward(layer)
-    errors = layer.gate(runs)
-    with torch.no_grad():
-        compare(
-            _beside(layer, runs, state=False),
-            kind="forward",
-            shape=vars(shape),
-            errors=errors,
-            flops=shape.forward_flops(state=False),
-            static_flops=shape.static_flops,
-        )
+    measure(compare, shape, competitors.forward, state=False)
 
 
 @pytest.mark.parametrize("shape", GRID)
 def test_prefill(compare, shape):
-    layer = Layer(shape)
-    runs = competitors.prefill(layer)
-    errors = layer.gate(runs)
-    with torch.no_grad():
-        compare(
-            _beside(layer, runs, state=True),
-            kind="prefill",
-            shape=vars(shape),
-            errors=errors,
-            flops=shape.forward_flops(state=True),
-            static_flops=shape.static_flops,
-        )
+    measure(compare, shape, competitors.prefill, state=True)
 
 
 @pytest.mark.parametrize(

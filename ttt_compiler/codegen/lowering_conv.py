@@ -21,7 +21,7 @@ from torch.utils._sympy.functions import ModularIndexing
 
 from ttt_compiler.codegen import ops as ttt_ops  # noqa: F401  (the ops must exist)
 from ttt_compiler.codegen.cpu import conv as cpu_conv
-from ttt_compiler.codegen.target import memoised, uses_triton
+from ttt_compiler.codegen.target import memoised, on_cpu, uses_triton
 from ttt_compiler.spec import state_dtype
 
 _conv_op = torch.ops.ttt.chunk_conv.default
@@ -34,7 +34,7 @@ _places = fallback_handler(torch.ops.ttt.chunk_places.default, add_to_fallback_s
 @register_lowering(_conv_op, type_promotion_kind=None)
 def _lower_chunk_conv(t: Any, conv: Any, pos: Any, chunk: int) -> Any:
     if not uses_triton(t):
-        return _on_cpu(t, conv, pos, chunk)
+        return on_cpu(_conv_kernel, _conv_fallback, (t, conv, pos), chunk, width=t.get_size()[2])
     t.realize()
     # Taps beside each other per channel, once: read as [Dt, 1, K] they are a gather for every token.
     taps = ir.ExternKernel.require_contiguous(clone(permute(conv, [2, 1, 0])))
@@ -70,16 +70,6 @@ def chunk_conv_out(t: Tensor, conv: Tensor, *pos: Tensor, chunk: int, out: Tenso
 
 
 _conv_kernel = ExternKernelChoice(chunk_conv_out, name="ttt_chunk_conv")
-
-
-def _on_cpu(t: Any, conv: Any, pos: Any, chunk: int) -> Any:
-    if V.graph.cpp_wrapper:
-        # A graph without Python (AOTInductor) finds the op by its name.
-        return _conv_fallback(t, conv, pos, chunk)
-    t = ir.ExternKernel.require_contiguous(t)
-    inputs = [ir.ExternKernel.realize_input(x) for x in (t, conv, pos) if x is not None]
-    layout = ir.FixedLayout(t.get_device(), t.get_dtype(), t.get_size())
-    return _conv_kernel.bind(inputs, layout, chunk=chunk).output_node()
 
 
 @register_lowering(_dweight_op, type_promotion_kind=None)

@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._inductor import ir
 from torch._inductor.lowering import fallback_handler, register_lowering
 from torch._inductor.select_algorithm import ExternKernelChoice
-from torch._inductor.virtualized import V
 
 from ttt_compiler.codegen import ops as ttt_ops  # noqa: F401  (the ops must exist)
 from ttt_compiler.codegen.cpu import project as cpu_project
+from ttt_compiler.codegen.target import on_cpu
 
 _op = torch.ops.ttt.chunk_project.default
 _fallback = fallback_handler(_op, add_to_fallback_set=False)
@@ -32,11 +31,4 @@ _kernel = ExternKernelChoice(chunk_project_out, name="ttt_chunk_project")
 
 @register_lowering(_op, type_promotion_kind=None)
 def _lower_chunk_project(c: Any, proj: Any, pos: Any, chunk: int) -> Any:
-    if V.graph.cpp_wrapper:
-        # A graph without Python (AOTInductor) finds the op by its name.
-        return _fallback(c, proj, pos, chunk)
-    c = ir.ExternKernel.require_contiguous(c)
-    inputs = [ir.ExternKernel.realize_input(x) for x in (c, proj, pos) if x is not None]
-    batch, length, _ = c.get_size()
-    layout = ir.FixedLayout(c.get_device(), c.get_dtype(), [batch, length, proj.get_size()[1]])
-    return _kernel.bind(inputs, layout, chunk=chunk).output_node()
+    return on_cpu(_kernel, _fallback, (c, proj, pos), chunk, width=proj.get_size()[1])

@@ -1,11 +1,14 @@
-"""For which device a graph is being lowered. May be changed here: which devices run Triton."""
+"""For which device a graph is being lowered, and how a kernel of ours is called on CPU.
+
+May be changed here: which devices run Triton.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from torch._inductor import config
+from torch._inductor import config, ir
 from torch._inductor.virtualized import V
 
 
@@ -28,3 +31,24 @@ def memoised(what: str, pos: Any, chunk: int, make: Callable[[], Any]) -> Any:
     if key not in found:
         found[key] = make()
     return found[key]
+
+
+def on_cpu(
+    kernel: Any, fallback: Callable[..., Any], operands: tuple[Any, Any, Any], chunk: int, width: Any
+) -> Any:
+    """An extern kernel whose result ``[B, T, width]`` lies in the graph's planned memory.
+
+    Args:
+        kernel: takes the operands that exist, ``chunk`` and ``out``.
+        fallback: the op itself.
+        operands: tokens ``[B, T, .]``, what is applied to them, and positions or None.
+        chunk: C.
+        width: of the result.
+    """
+    if V.graph.cpp_wrapper:
+        # A graph without Python (AOTInductor) finds the op by its name.
+        return fallback(*operands, chunk)
+    tokens: Any = ir.ExternKernel.require_contiguous(operands[0])
+    inputs = [ir.ExternKernel.realize_input(x) for x in (tokens, *operands[1:]) if x is not None]
+    layout = ir.FixedLayout(tokens.get_device(), tokens.get_dtype(), [*tokens.get_size()[:2], width])
+    return kernel.bind(inputs, layout, chunk=chunk).output_node()
