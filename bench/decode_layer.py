@@ -57,7 +57,7 @@ class Decoding:
             draw(d, d, scale=0.3 / d),
         )
         self.spec = SiteSpec(KEY, d, f, d, place.chunk, LR, "hidden_states", True, 5, "m")
-        self.state = FastWeightState.zeros([self.spec], b, self.dtype, torch.device("cpu"))
+        self.state = FastWeightState.zeros([self.spec], b, self.dtype, torch.device("cpu"), spread=True)
         self.site, self.constants = self.state.sites[KEY], self.spec.encode()
         for start in range(0, place.past, place.chunk):
             size = min(place.chunk, place.past - start)

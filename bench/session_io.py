@@ -20,7 +20,7 @@ import ttt_compiler as ttt
 from ttt_compiler.pretrained import load_pretrained
 from ttt_compiler.runtime.files import read_header
 from ttt_compiler.runtime.rows import export_row
-from ttt_compiler.runtime.state import bytes_per_sequence
+from ttt_compiler.runtime.tables import bytes_per_sequence
 
 
 def same(a: ttt.Session, b: ttt.Session) -> bool:
@@ -49,7 +49,7 @@ def main() -> None:
             p.copy_(torch.randn(p.shape) * 0.02)
     model.compile(backend="inplace_ttt_eager", dynamic=True)
     session = ttt.Session(model)
-    formula = bytes_per_sequence(session.state.specs, torch.float32)
+    formula = bytes_per_sequence(session.state.specs, torch.float32, spread=True)
     assert session.state.nbytes == formula
     print(f"fast weights: {formula:,} bytes by the formula, {session.state.nbytes:,} held")
     ids = torch.randint(0, 1000, (1, a.tokens), generator=torch.Generator().manual_seed(0))

@@ -20,7 +20,7 @@ import torch
 import ttt_compiler as ttt
 from ttt_compiler.codegen.layout import FACTORED, factored_limit
 from ttt_compiler.pretrained import load_pretrained
-from ttt_compiler.runtime.state import bytes_per_sequence
+from ttt_compiler.runtime.tables import bytes_per_sequence
 
 MIB = 2**20
 
@@ -75,7 +75,7 @@ def main() -> None:
             key = session.state.specs[0].key
             factored = bool(session.state.column(key, FACTORED)[0])
             assert factored == (0 < tokens <= few)
-            formula = bytes_per_sequence(session.state.specs, torch.float32)
+            formula = bytes_per_sequence(session.state.specs, torch.float32, spread=True)
             assert formula * batch == session.state.nbytes
             held = resident() - start - said["cache_bytes"]
             row = {

@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 
 import ttt_compiler as ttt
 from tests.models import ids, tiny
-from ttt_compiler import memory
+from ttt_compiler import memory, memory_sites
 from ttt_compiler.architectures.presets import PRESETS, preset
 from ttt_compiler.architectures.tiny import build, tiny_config
 from ttt_compiler.cli import app
@@ -43,7 +43,7 @@ from ttt_compiler.report_text import WIDTH
 from ttt_compiler.runtime.cache_size import cache_bytes, cache_kinds, total_bytes
 from ttt_compiler.runtime.layers import layer_bytes
 from ttt_compiler.runtime.pool import Pool
-from ttt_compiler.runtime.state import bytes_per_sequence
+from ttt_compiler.runtime.tables import bytes_per_sequence
 
 CONFIG = ttt.TTTConfig(layers="all", chunk_size=16)
 # Published numbers of parameters.
@@ -109,13 +109,21 @@ def test_the_printed_formula_is_what_is_allocated(converted, revocable, shared):
     (kind,) = plan.sites
     products = {"D F a": "D*F*a", ") e": ")*e", ")(": ")*(", " D e": "*D*e", "C ceil": "C*ceil"}
     formula = plan.formula
-    for text, code in {**products, "3 a": "3*a", "4 (": "4*("}.items():
+    for text, code in {**products, "m a": "m*a", "8 n": "8*n", "4 (": "4*("}.items():
         formula = formula.replace(text, code)
     assert eval(formula, {"ceil": math.ceil}, kind.variables) == kind.nbytes
     assert f"{kind.nbytes:,}" in " ".join(str(plan).split())
     document = " ".join((bytes_per_sequence.__doc__ or "").split())
-    assert memory.FORMULA in document, "memory.FORMULA and runtime/state.py say different things"
+    assert memory_sites.FORMULA in document, "memory_sites.FORMULA and runtime/tables.py say different things"
     assert plan.sites[0].sites * kind.nbytes <= plan.fast_weight_bytes
+
+
+def test_a_plan_for_a_gpu_has_no_room_to_spread_writes():
+    here, there = (memory_plan(tiny(), 1, 40, CONFIG, device=x) for x in (None, "cuda"))
+    assert [s.spread for s in there.sites] == [0]
+    assert here.fast_weight_bytes > there.fast_weight_bytes
+    with pytest.raises(ConfigError, match="such as cpu"):
+        memory_plan(tiny(), 1, 40, CONFIG, device="toaster")
 
 
 @pytest.mark.parametrize("make", [tiny, mistral], ids=["full", "sliding"])
@@ -333,7 +341,7 @@ def test_preset_names():
 _SMALL = """
 import resource, sys, time
 import torch, transformers, ttt_compiler as ttt
-from ttt_compiler import memory
+from ttt_compiler import memory, memory_sites
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 plan = ttt.memory_plan("Llama-3.1-8B", 4, 131072)

@@ -110,6 +110,7 @@ def memory(
         bool, typer.Option("--static", help="Of a static cache that reserves the context.")
     ] = False,
     revocable: Annotated[int, typer.Option(help="How many of the last tokens can be taken back.")] = 0,
+    device: Annotated[str, typer.Option(help="Where it will run: cpu or cuda.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
 ) -> None:
     """Say what memory a running batch of MODEL needs; nothing is loaded or allocated."""
@@ -118,7 +119,9 @@ def memory(
         from ttt_compiler.memory import memory_plan
 
         cache = "static" if static else "dynamic"
-        plan = memory_plan(model, batch, context, config, dtype=dtype, cache=cache, revocable=revocable)
+        plan = memory_plan(
+            model, batch, context, config, dtype=dtype, cache=cache, revocable=revocable, device=device
+        )
         typer.echo(json.dumps(plan.to_dict(), indent=1) if as_json else str(plan))
 
 

@@ -1,6 +1,6 @@
 """``memory_plan``: what a running batch needs, before anything is allocated.
 
-Three parts: keys and values (``runtime/cache_size.py``), fast weights (``runtime/state.py``, by which they
+Three parts: keys and values (``runtime/cache_size.py``), fast weights (``runtime/tables.py``, by which they
 are allocated too), and the model's weights. May be changed here: what a plan says; how it looks is
 ``memory_text.py``. What each part takes belongs to the modules that allocate it.
 
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,20 +28,17 @@ from ttt_compiler.config import TTTConfig
 from ttt_compiler.discover import Discovery, Inputs, discover
 from ttt_compiler.eligibility import check_sites
 from ttt_compiler.errors import AlreadyConvertedError, ConfigError, TTTError, UnsupportedModelError
+from ttt_compiler.memory_sites import FORMULA, SHARED, SiteKind, site_kinds
 from ttt_compiler.memory_text import render
 from ttt_compiler.runtime.cache_size import CacheKind, cache_kinds, meta_twin, total_bytes
 from ttt_compiler.runtime.root import unwrap
-from ttt_compiler.runtime.state import bytes_per_sequence
-from ttt_compiler.spec import SiteSpec, state_dtype
+from ttt_compiler.runtime.tables import bytes_per_sequence, has_room_to_spread
+from ttt_compiler.spec import SiteSpec
 
 DTYPES = {
     str(d).removeprefix("torch."): d for d in (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 }
 CACHES = ("dynamic", "static")
-
-# What runtime/state.py allocates per site and sequence; a test evaluates this text against it.
-FORMULA = "D F a + (C + R)(F + Dt) e + C ceil(R / C) D e + 3 a + 64"
-SHARED = " + 4 (C + R)"
 
 UNCOUNTED = "not counted: activations, logits and workspace of a call, and what the allocator rounds up"
 SHAPES_ONLY = (
@@ -53,40 +49,6 @@ WINDOWS = (
     "in memory as well. Read a long prompt in parts"
 )
 NO_CACHE = "the model keeps no keys and values: its fast weights are passed as ttt_state"
-
-
-@dataclass(frozen=True)
-class SiteKind:
-    """Fast weights of the same shape.
-
-    Attributes:
-        sites: how many.
-        d_model, d_ff, d_target, chunk: D, F, Dt and C.
-        revocable: R.
-        state_itemsize, itemsize: a and e, bytes of one number of the state and of the model.
-        nbytes: of one site and sequence.
-    """
-
-    sites: int
-    d_model: int
-    d_ff: int
-    d_target: int
-    chunk: int
-    revocable: int
-    state_itemsize: int
-    itemsize: int
-    nbytes: int
-
-    @property
-    def name(self) -> str:
-        """D x F."""
-        return f"{self.d_model} x {self.d_ff}"
-
-    @property
-    def variables(self) -> dict[str, int]:
-        """The variables of :data:`FORMULA`."""
-        names = {"D": self.d_model, "F": self.d_ff, "Dt": self.d_target, "C": self.chunk}
-        return {**names, "R": self.revocable, "a": self.state_itemsize, "e": self.itemsize}
 
 
 @dataclass(frozen=True)
@@ -206,6 +168,7 @@ def memory_plan(
     cache: str = "dynamic",
     revocable: int = 0,
     shared_lanes: bool = False,
+    device: torch.device | str | None = None,
     example_inputs: Inputs | None = None,
 ) -> MemoryPlan:
     """What ``batch`` sequences of ``context`` tokens need beside the model; nothing is allocated.
@@ -220,6 +183,7 @@ def memory_plan(
         cache: ``"dynamic"`` or ``"static"``, transformers' ``DynamicCache`` or ``StaticCache``.
         revocable: how many of the last tokens can be taken back, as in ``Session(revocable=)``.
         shared_lanes: whether sequences share tables, as in a ``Pool``.
+        device: where the model will run, by default where it is, and the CPU for what has no weights yet.
         example_inputs: ``(args, kwargs)`` of one call; models of transformers need none.
 
     Raises:
@@ -236,7 +200,8 @@ def memory_plan(
         module = _module(model, _checked_dtype(dtype))
         specs, site_dtype, layers = _sites(module, config, example_inputs)
         kinds = _cache_kinds(module, cache)
-    options: dict[str, Any] = {"revocable": revocable, "shared_lanes": shared_lanes}
+    spread = has_room_to_spread(_device(module, device), revocable)
+    options: dict[str, Any] = {"revocable": revocable, "shared_lanes": shared_lanes, "spread": spread}
     weights, added = _weight_bytes(module, specs, site_dtype)
     return MemoryPlan(
         model=type(module).__name__,
@@ -246,13 +211,26 @@ def memory_plan(
         cache=cache,
         layers=layers,
         kv=kinds,
-        sites=_site_kinds(specs, site_dtype, options),
+        sites=site_kinds(specs, site_dtype, options),
         fast_weight_bytes=bytes_per_sequence(specs, site_dtype, **options),
         formula=FORMULA + SHARED * shared_lanes,
         weight_bytes=weights,
         added_bytes=added,
         notes=_notes(module, kinds, cache, context),
     )
+
+
+def _device(module: nn.Module, device: torch.device | str | None) -> torch.device:
+    """Where the model will run.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    try:
+        there = next(module.parameters()).device if device is None else torch.device(device)
+    except RuntimeError as e:
+        raise ConfigError(f"device={device!r} is no device of torch, such as cpu or cuda") from e
+    return torch.device("cpu") if there.type == "meta" else there
 
 
 def _module(model: Any, dtype: torch.dtype | None) -> nn.Module:
@@ -326,23 +304,6 @@ def _cache_kinds(module: nn.Module, cache: str) -> tuple[CacheKind, ...]:
     if conversion.cache_factory(module) is None:
         return ()
     return cache_kinds(module.config, _dtype_of(module), model_class=type(module), static=cache == "static")
-
-
-def _site_kinds(
-    specs: Sequence[SiteSpec], dtype: torch.dtype, options: Mapping[str, Any]
-) -> tuple[SiteKind, ...]:
-    shapes: Counter[tuple[int, int, int, int]] = Counter()
-    sizes = {}
-    for s in specs:
-        shape = (s.d_model, s.d_ff, s.d_target, s.chunk)
-        shapes[shape] += 1
-        # Without what a sequence takes once, however many sites it has.
-        sizes[shape] = bytes_per_sequence([s], dtype, **options) - bytes_per_sequence([], dtype, **options)
-    itemsizes = (state_dtype(dtype).itemsize, dtype.itemsize)
-    return tuple(
-        SiteKind(count, *shape, options["revocable"], *itemsizes, sizes[shape])
-        for shape, count in shapes.items()
-    )
 
 
 def _weight_bytes(module: nn.Module, specs: Sequence[SiteSpec], dtype: torch.dtype) -> tuple[int, int]:

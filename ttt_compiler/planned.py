@@ -16,7 +16,7 @@ from ttt_compiler.discovery.choose_layers import choose_layers
 from ttt_compiler.discovery.found import FoundMLP
 from ttt_compiler.model_cost import ModelShape, Sites
 from ttt_compiler.runtime.cache_size import meta_twin
-from ttt_compiler.runtime.state import bytes_per_sequence
+from ttt_compiler.runtime.tables import bytes_per_sequence
 from ttt_compiler.spec import SiteSpec
 
 

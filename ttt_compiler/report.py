@@ -33,7 +33,7 @@ from ttt_compiler.model_cost import ModelShape, Sites, decode, prefill, training
 from ttt_compiler.passes.dataflow import Dataflow
 from ttt_compiler.report_text import mebibytes, table, wrapped
 from ttt_compiler.runtime.root import Root, unwrap
-from ttt_compiler.runtime.state import bytes_per_sequence
+from ttt_compiler.runtime.tables import bytes_per_sequence
 from ttt_compiler.spec import SiteSpec
 
 LEFT_OUT = "left out by layers="

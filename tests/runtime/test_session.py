@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import pickle
+import shutil
 import threading
 import weakref
 from pathlib import Path
@@ -15,11 +16,12 @@ import ttt_compiler as ttt
 from tests import models
 from tests.runtime import hostile
 from tests.tolerances import SEGMENTATION, relative_error
+from ttt_compiler.codegen.layout import DONE, LEFT, SEEN, VALUES, WRITES
 from ttt_compiler.errors import CacheError, ConfigError, CropError, NotConvertedError, SnapshotError
 from ttt_compiler.runtime.files import read_header, read_tensors, write_tensors
 from ttt_compiler.runtime.root import require_root
 from ttt_compiler.runtime.rows import export_row
-from ttt_compiler.runtime.state import bytes_per_sequence
+from ttt_compiler.runtime.tables import bytes_per_sequence
 
 KEY = "model.layers.0.mlp.down_proj.weight"
 
@@ -135,6 +137,103 @@ def test_a_session_of_format_version_2_is_read(model, tmp_path):
     assert same(session, ttt.Session.load(model, tmp_path / "s.ttt"))
 
 
+def while_writing(model, session, tokens):
+    """Reads ``tokens`` one by one, and stops in the middle of a write."""
+    for i in range(tokens.shape[1]):
+        read(model, tokens[:, i : i + 1], session)
+    assert all(site.rows[:, LEFT].all() for site in session.state.sites.values())
+
+
+@pytest.fixture(scope="module")
+def writing_model():
+    """Chunks are long enough for a write of several steps."""
+    config = ttt.TTTConfig(layers="all", chunk_size=16, lr=1.0)
+    model = models.randomize(ttt.convert(models.tiny(), config))
+    model.compile(backend="inplace_ttt", dynamic=True)
+    return model
+
+
+@pytest.mark.parametrize("past", [0, 16], ids=["first write", "later write"])
+def test_a_write_in_progress_goes_through_files_forks_and_pools_bit_for_bit(writing_model, tmp_path, past):
+    model, tokens = writing_model, models.ids(1, past + 40)
+    session = ttt.Session(model)
+    if past:
+        read(model, tokens[:, :past], session)
+    while_writing(model, session, tokens[:, past : past + 17])
+    session.save(tmp_path / "s.ttt")
+    assert read_tensors(tmp_path / "s.ttt", SnapshotError)[1]["version"] == 3
+    loaded = ttt.Session.load(model, tmp_path / "s.ttt")
+    assert same(session, loaded)
+    fork = session.fork()
+    pool = ttt.Pool(model, sequences=2, context=64, disk=tmp_path / "pool")
+    with pool.use("a") as batch:
+        for i in range(past + 17):
+            model(**batch.inputs(tokens[:, i : i + 1]))
+    pool.fork("a", "b")
+    with pool.use("c") as batch:
+        model(**batch.inputs(tokens[:, :1]))
+    assert "disk" in {pool.where("a"), pool.where("b")}
+    rest = [tokens[:, i : i + 1] for i in range(past + 17, past + 40)]
+    want = [read(model, x, session) for x in rest]
+    for other in (loaded, fork):
+        assert all(torch.equal(read(model, x, other), y) for x, y in zip(rest, want, strict=True))
+    branches = []
+    for name in ("a", "b"):
+        with pool.use(name) as batch:
+            branches.append(torch.cat([model(**batch.inputs(x)).logits for x in rest], 1))
+    assert torch.equal(*branches)
+    oracle = models.oracle(model, tokens)[:, past + 17 :]
+    for got in (torch.cat(want, 1), branches[0]):
+        assert relative_error(got, oracle) < SEGMENTATION
+    # A pool with tokens that may be taken back has no room for a write in progress: it is finished first.
+    (tmp_path / "other").mkdir()
+    shutil.copy(tmp_path / "s.ttt", tmp_path / "other" / "d.ttt")
+    other = ttt.Pool(model, sequences=1, context=64, disk=tmp_path / "other", revocable=4)
+    with other.use("d") as batch:
+        got = [model(**batch.inputs(x)).logits for x in rest]
+    assert relative_error(torch.cat(got, 1), oracle) < SEGMENTATION
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {LEFT: 0},
+        {LEFT: 10**9},
+        {LEFT: -1},
+        {VALUES: 1},
+        {WRITES: 0},
+        {DONE: 0},
+        {SEEN: 16 + 6},
+    ],
+)
+def test_counters_that_no_write_in_progress_has_are_refused(writing_model, tmp_path, change):
+    session = ttt.Session(writing_model)
+    while_writing(writing_model, session, models.ids(1, 17))
+    session.save(tmp_path / "s.ttt")
+    tensors, header = read_tensors(tmp_path / "s.ttt", SnapshotError)
+    name = next(n for n in tensors if n.endswith(".rows"))
+    rows = tensors[name].clone()
+    for column, value in change.items():
+        rows[column] = value
+    write_tensors(tmp_path / "s.ttt", {**tensors, name: rows}, header, SnapshotError)
+    with pytest.raises(SnapshotError, match="nothing was changed"):
+        ttt.Session.load(writing_model, tmp_path / "s.ttt")
+
+
+def test_a_first_write_in_progress_does_not_save_what_another_sequence_left(writing_model, tmp_path):
+    session = ttt.Session(writing_model)
+    read(writing_model, models.ids(1, 40), session)
+    session.reset()
+    while_writing(writing_model, session, models.ids(1, 17))
+    session.save(tmp_path / "s.ttt")
+    tensors, _ = read_tensors(tmp_path / "s.ttt", SnapshotError)
+    for name, rows in tensors.items():
+        if name.endswith(".rows"):
+            w = tensors[name.removesuffix("rows") + "w"]
+            assert not w[:, -int(rows[LEFT]) :].any()
+            assert w.any()
+
+
 @pytest.mark.parametrize(("method", "bound"), [("bf16", 2**-8), ("int8", 0.02), ("lowrank:4", 0.9)])
 def test_a_smaller_file_says_what_it_loses(model, tmp_path, method, bound):
     session = ttt.Session(model)
@@ -241,7 +340,7 @@ def test_state_bytes_are_known_before_allocation_and_do_not_grow(model):
     """Law 12."""
     session = ttt.Session(model, batch_size=3)
     specs = session.state.specs
-    assert session.state.nbytes == 3 * bytes_per_sequence(specs, torch.float32)
+    assert session.state.nbytes == 3 * bytes_per_sequence(specs, torch.float32, spread=True)
     before = session.describe()["fast_weight_bytes"]
     read(model, models.ids(3, 40), session)
     assert session.describe()["fast_weight_bytes"] == before

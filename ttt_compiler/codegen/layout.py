@@ -9,10 +9,13 @@ overwrite what another one reads always finds a free slot. May be changed here: 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from ttt_compiler.spec import SiteSpec
 
 # Columns of ``rows``:
 SEEN = 0  # tokens since the document began
@@ -24,9 +27,17 @@ SKIPPED = 5  # chunks whose write was left out because it was not finite
 CLIPPED = 6  # chunks whose write was scaled down
 CACHED = 7  # complete chunks not dealt with yet whose v stands in ``tail_v``
 COLUMNS = 8
+# And of tables whose writes may be spread over steps (CPU; see :func:`spread_tokens`), behind those:
+LEFT = 8  # columns of W that the write of chunk DONE - 1 has not reached yet
+VALUES = 9  # tokens of the incomplete chunk whose v stands in ``tail_v`` already
+WIDE_COLUMNS = 10
 
 # Columns of ``norms``: Frobenius norms of writes since the document began.
 LAST, PEAK, TOTAL = range(3)
+NORMS = 3
+# And behind them, of tokens whose v stands in ``tail_v`` already: of v, and of h.
+OF_V, OF_H = 3, 4
+WIDE_NORMS = 5
 
 
 class StateTensors(NamedTuple):
@@ -35,13 +46,16 @@ class StateTensors(NamedTuple):
     Attributes:
         w: ``[L, D, F]`` in the state's dtype: per slot W itself, or its storage filled with the rows
             ``h [n, F]`` and ``v [n, D]`` of the ``n`` tokens written so far (see :func:`factored_rows`).
-        tail_h: ``[L, C + R, F]`` hidden rows that may still be needed: of the incomplete chunk, and of
-            complete ones that are younger than R tokens. Token p of a document lies in column p mod (C + R).
-        tail_t: ``[L, C + R, Dt]`` their target rows.
-        tail_v: ``[L, C * ceil(R / C), D]`` v of complete chunks that are not written yet.
-        lanes: int32 ``[L, C + R]``, which lane holds a row's entry; ``[L, 0]`` while every row uses its own.
-        rows: int64 ``[L, 8]``, the columns above.
-        norms: ``[L, 3]`` in the state's dtype.
+        tail_h: ``[L, C + R + S, F]`` hidden rows that may still be needed: of the incomplete chunk, of
+            complete ones that are younger than R tokens, and of one whose write is in progress, for S tokens.
+            Token p of a document lies in column p mod (C + R + S).
+        tail_t: ``[L, C + R + S, Dt]`` their target rows.
+        tail_v: ``[L, C * ceil(R / C), D]`` v of complete chunks that are not written yet; with S > 0 C rows
+            more, which hold ``[D, C]``: v of the chunk that is being written, or next will be, transposed.
+        lanes: int32 ``[L, C + R + S]``, which lane holds a row's entry; ``[L, 0]`` while every row uses its
+            own.
+        rows: int64 ``[L, 8]``, the columns above; ``[L, 10]`` with S > 0.
+        norms: ``[L, 3]`` in the state's dtype; ``[L, 5]`` with S > 0.
     """
 
     w: Tensor
@@ -54,8 +68,21 @@ class StateTensors(NamedTuple):
 
     @property
     def capacity(self) -> int:
-        """Columns of the tail, C + R."""
+        """Columns of the tail, C + R + S."""
         return self.tail_h.shape[1]
+
+    @property
+    def spreads(self) -> bool:
+        """Whether a write may be spread over steps."""
+        return self.rows.shape[1] > COLUMNS
+
+    def revocable(self, spec: SiteSpec) -> int:
+        """R, of tables of this site."""
+        return self.capacity - spec.chunk - (spread_tokens(spec) if self.spreads else 0)
+
+    def spread_values(self, row: int, chunk: int) -> Tensor:
+        """v of the chunk whose write is spread, ``[D, C]``."""
+        return self.tail_v[row, -chunk:].view(self.w.shape[1], chunk)
 
 
 TENSORS = StateTensors._fields
@@ -87,3 +114,21 @@ def factored_rows(slot: Tensor, dtype: torch.dtype, tokens: int) -> tuple[Tensor
 def cached_rows(chunk: int, revocable: int) -> int:
     """Rows of ``tail_v``: whole chunks that can be complete and younger than ``revocable`` tokens."""
     return -(-revocable // chunk) * chunk
+
+
+def spread_tokens(spec: SiteSpec) -> int:
+    """S: over how many tokens the write of a chunk may be spread; 0 where a write cannot be split.
+
+    Three eighths of a chunk: a step then reads the keys that are not written yet and writes its share in less
+    than twice the time of its own read of W, for C up to 512. A norm of the whole write must be known before
+    a limited one begins, decay changes what is not written too, and a derived W0 is at hand in a call alone.
+    """
+    rule = spec.rule
+    splits = not rule.limited and rule.keys != "unit" and rule.decay == 1.0
+    return spec.chunk * 3 // 8 if splits and not spec.derived and not spec.inner else 0
+
+
+def live_start(counts: Sequence[int], chunk: int) -> int:
+    """The first token of the document that a row's tail must keep, of its row of ``rows``."""
+    writing = len(counts) > COLUMNS and counts[LEFT] > 0
+    return (counts[DONE] - writing) * chunk

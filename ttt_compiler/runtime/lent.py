@@ -17,6 +17,7 @@ from ttt_compiler.runtime.root import Root
 from ttt_compiler.runtime.rows import export_row, import_row
 from ttt_compiler.runtime.session import Session
 from ttt_compiler.runtime.state import FastWeightState
+from ttt_compiler.runtime.tables import has_room_to_spread
 
 
 class PooledState(FastWeightState):
@@ -74,7 +75,13 @@ class PooledState(FastWeightState):
         """A copy in tables of its own: a fork of a lent sequence leaves the pool."""
         device = self.device
         other = FastWeightState.zeros(
-            self.specs, self.batch_size, self.dtype, device, self.owner, self.revocable
+            self.specs,
+            self.batch_size,
+            self.dtype,
+            device,
+            self.owner,
+            self.revocable,
+            spread=has_room_to_spread(device, self.revocable),
         )
         for spec in self.specs:
             for b in range(self.batch_size):

@@ -87,7 +87,7 @@ class Places:
                     rows = {s.key: export_row(loaded[0], s.key, 0) for s in self._root.specs}
                 for spec in self._root.specs:
                     if spec.key in rows:
-                        import_row(seat, spec, 0, rows[spec.key])
+                        import_row(seat, spec, 0, rows[spec.key], self._root.weight)
         except BaseException:
             self.free.append(row)
             raise
@@ -187,7 +187,7 @@ class Places:
         """A sequence in tables of its own."""
         state = self._root.new_state(1, self.tables.revocable)
         for spec in self._root.specs:
-            import_row(state, spec, 0, self._rows(sequence)[spec.key])
+            import_row(state, spec, 0, self._rows(sequence)[spec.key], self._root.weight)
         return state
 
     def read(self, sequence: Sequence) -> tuple[FastWeightState, Any]:

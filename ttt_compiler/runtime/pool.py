@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ttt_compiler.codegen.layout import CACHED
 from ttt_compiler.errors import PoolError, PoolFullError
 from ttt_compiler.runtime.cache import attach_state
 from ttt_compiler.runtime.cache_size import cache_bytes
@@ -27,7 +26,8 @@ from ttt_compiler.runtime.layers import fork_cache
 from ttt_compiler.runtime.lent import PooledSession, PooledState
 from ttt_compiler.runtime.places import SUFFIX, Places, Sequence
 from ttt_compiler.runtime.root import Root, require_root
-from ttt_compiler.runtime.state import FastWeightState, bytes_per_sequence
+from ttt_compiler.runtime.state import FastWeightState
+from ttt_compiler.runtime.tables import bytes_per_sequence, has_room_to_spread
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 
@@ -79,7 +79,14 @@ class Pool:
         self.disk = None if disk is None else Path(disk)
         like = self._root.like(self._root.specs[0])
         self._tables = FastWeightState.zeros(
-            self._root.specs, self.capacity, like.dtype, like.device, None, revocable, shared_lanes=True
+            self._root.specs,
+            self.capacity,
+            like.dtype,
+            like.device,
+            None,
+            revocable,
+            shared_lanes=True,
+            spread=has_room_to_spread(like.device, revocable),
         )
         self._places = Places(self.model, self._root, self._tables, parked_memory, self.disk, self.context)
         self._sequences = self._places.sequences
@@ -159,10 +166,9 @@ class Pool:
         source, target = self._lend((name, branch), 0.0, new=branch)
         try:
             with self._root.lock:
-                for site in self._tables.sites.values():
-                    for table in (site.rows, site.lanes, site.norms):
-                        table[target.row] = table[source.row]
-                    site.rows[target.row, CACHED] = 0
+                assert source.row is not None
+                assert target.row is not None
+                self._tables.copy_row(source.row, target.row)
             target.cache, target.owner = fork_cache(source.cache), source.owner
         except BaseException:
             with self._changed:
@@ -319,8 +325,9 @@ def _own_context(model: nn.Module) -> int | None:
 
 def _bytes(root: Root, model: nn.Module, context: int | None, revocable: int) -> int:
     """Bytes of one sequence: fast weights, and keys and values of a full context."""
-    dtype = root.like(root.specs[0]).dtype
-    fast = bytes_per_sequence(root.specs, dtype, revocable=revocable, shared_lanes=True)
+    like = root.like(root.specs[0])
+    dtype, spread = like.dtype, has_room_to_spread(like.device, revocable)
+    fast = bytes_per_sequence(root.specs, dtype, revocable=revocable, shared_lanes=True, spread=spread)
     if root.make_cache is None:
         return fast
     if context is None:

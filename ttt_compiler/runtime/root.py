@@ -32,6 +32,7 @@ from ttt_compiler.runtime.cache import attach_state, cached_tokens, expect, is_c
 from ttt_compiler.runtime.generation import require_carriable, require_new_tokens
 from ttt_compiler.runtime.site import CallContext, FastWeightSite, mark, weight_of
 from ttt_compiler.runtime.state import FastWeightState, check_fits
+from ttt_compiler.runtime.tables import has_room_to_spread
 from ttt_compiler.spec import SiteSpec
 
 NAME = "_ttt_root"
@@ -115,7 +116,15 @@ class Root:
     def new_state(self, batch: int, revocable: int = 0) -> FastWeightState:
         """State of ``batch`` sequences that have not begun, on the model's device."""
         like = self.like(self.specs[0])
-        return FastWeightState.zeros(self.specs, batch, like.dtype, like.device, self.owner(), revocable)
+        return FastWeightState.zeros(
+            self.specs,
+            batch,
+            like.dtype,
+            like.device,
+            self.owner(),
+            revocable,
+            spread=has_room_to_spread(like.device, revocable),
+        )
 
     def like(self, spec: SiteSpec) -> Tensor:
         """A tensor with the dtype and device of a site's activations; its weight may be quantised."""
@@ -249,7 +258,7 @@ class Root:
     def _check(self, state: FastWeightState, batch: int) -> None:
         check_fits(state, self.specs, batch, self.like(self.specs[0]), self.owner())
         state.own()
-        if state.revocable:
+        if state.holds_values:
             state.follow(self.adapter())
         state.settle()
 

@@ -1,12 +1,13 @@
 """One sequence's fast weights as plain tensors: what a file, or memory beside the tables, keeps of them.
 
-Only what counts is kept: the unwritten tokens, and the matrix or its factored rows. May be changed here: what
+Only what counts is kept: the unwritten tokens, and the matrix or its factored rows. A write that is in
+progress is kept as it stands, so that whatever goes on with it does so bit for bit. May be changed here: what
 is kept, together with the version of the snapshot format.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -18,12 +19,18 @@ from ttt_compiler.codegen.layout import (
     COLUMNS,
     DONE,
     FACTORED,
+    LEFT,
+    NORMS,
     SEEN,
     SKIPPED,
     SLOT,
+    VALUES,
+    WIDE_COLUMNS,
     WRITES,
     factored_capacity,
     factored_rows,
+    live_start,
+    spread_tokens,
 )
 from ttt_compiler.runtime.layer_parts import LONGEST
 from ttt_compiler.runtime.state import FastWeightState
@@ -37,26 +44,36 @@ def export_row(state: FastWeightState, key: str, sequence: int) -> Row:
 
     Returns:
         ``rows [8]``, ``norms [3]``, ``tail_h [n, F]``, ``tail_t [n, Dt]``; and ``w [D, F]``, or the factored
-        ``keys [m, F]`` and ``values [m, D]``, when something was written.
+        ``keys [m, F]`` and ``values [m, D]``, when something was written. While a write is in progress
+        ``rows`` is ``[10]``, ``n`` counts its chunk, and ``writing [D, C]`` is its v.
     """
     spec = next(s for s in state.specs if s.key == key)
     site, row = state.sites[key], int(state.batch[sequence])
     counts = site.rows[row].tolist()
-    tokens = torch.arange(counts[DONE] * spec.chunk, counts[SEEN], device=state.device) % site.capacity
+    start = live_start(counts, spec.chunk)
+    tokens = torch.arange(start, counts[SEEN], device=state.device) % site.capacity
     lanes = site.lanes[row, tokens].long() if site.lanes.shape[1] else row
-    table = site.rows[row].clone()
+    writing = site.spreads and counts[LEFT] > 0
+    table = site.rows[row, : WIDE_COLUMNS if writing else COLUMNS].clone()
     table[SLOT] = table[CACHED] = 0
     out = {
         "rows": table,
-        "norms": site.norms[row].clone(),
+        "norms": site.norms[row, :NORMS].clone(),
         "tail_h": site.tail_h[lanes, tokens],
         "tail_t": site.tail_t[lanes, tokens],
     }
+    if writing:
+        table[VALUES] = 0
+        out["writing"] = site.spread_values(row, spec.chunk)
     slot = site.w[counts[SLOT]]
     if counts[FACTORED]:
         out["keys"], out["values"] = factored_rows(slot, site.tail_h.dtype, counts[FACTORED])
     elif counts[WRITES]:
         out["w"] = slot
+    if writing and counts[WRITES] == 1:
+        # What the first write has not reached is W0, and the slot holds what another sequence left there.
+        out["w"] = slot.clone()
+        out["w"][:, -counts[LEFT] :] = 0
     return out
 
 
@@ -64,7 +81,10 @@ def row_layout(
     spec: SiteSpec, dtype: torch.dtype, counts: list[int], revocable: int
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]] | None:
     """Shapes and dtypes that a row with these counters must have; None when they contradict each other."""
-    if len(counts) != COLUMNS or min(counts) < 0 or counts[SLOT] or counts[CACHED]:
+    if len(counts) not in (COLUMNS, WIDE_COLUMNS) or min(counts) < 0 or counts[SLOT] or counts[CACHED]:
+        return None
+    writing = len(counts) == WIDE_COLUMNS
+    if writing and not _may_write(counts, spec, revocable):
         return None
     seen, done, writes, factored = counts[SEEN], counts[DONE], counts[WRITES], counts[FACTORED]
     open_tokens = seen - done * spec.chunk
@@ -73,13 +93,15 @@ def row_layout(
     full = factored in (0, writes * spec.chunk) and factored <= factored_capacity(spec.d_model, spec.d_ff)
     if not fits or not full:
         return None
-    acc = state_dtype(dtype)
+    acc, kept = state_dtype(dtype), seen - live_start(counts, spec.chunk)
     out: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-        "rows": ((COLUMNS,), torch.int64),
-        "norms": ((3,), acc),
-        "tail_h": ((open_tokens, spec.d_ff), dtype),
-        "tail_t": ((open_tokens, spec.d_target), dtype),
+        "rows": ((len(counts),), torch.int64),
+        "norms": ((NORMS,), acc),
+        "tail_h": ((kept, spec.d_ff), dtype),
+        "tail_t": ((kept, spec.d_target), dtype),
     }
+    if writing:
+        out["writing"] = ((spec.d_model, spec.chunk), dtype)
     if factored:
         out["keys"], out["values"] = ((factored, spec.d_ff), dtype), ((factored, spec.d_model), dtype)
     elif writes:
@@ -87,8 +109,43 @@ def row_layout(
     return out
 
 
-def import_row(state: FastWeightState, spec: SiteSpec, sequence: int, given: Mapping[str, Tensor]) -> None:
-    """Put what :func:`export_row` gave into a sequence that has not begun, bit for bit."""
+def _may_write(counts: list[int], spec: SiteSpec, revocable: int) -> bool:
+    """Whether a write can be in progress with these counters."""
+    since = counts[SEEN] - counts[DONE] * spec.chunk
+    fits = counts[DONE] > 0 and counts[WRITES] > 0 and not counts[FACTORED] and not counts[VALUES]
+    return fits and not revocable and 0 < counts[LEFT] <= spec.d_ff and 0 <= since < spread_tokens(spec)
+
+
+def finished_row(row: Mapping[str, Tensor], spec: SiteSpec, w0: Tensor) -> Row:
+    """The same with no write in progress, for tables without room; w0 ``[D, F]`` is the slow weight."""
+    out = dict(row)
+    if "writing" not in out:
+        return out
+    counts, chunk = out["rows"].tolist(), spec.chunk
+    first, w = spec.d_ff - counts[LEFT], out["w"].clone()
+    if counts[WRITES] == 1:
+        w[:, first:] = w0.detach().to(w)[:, first:]
+    h = out["tail_h"][:chunk].to(w)
+    w[:, first:].addmm_(out.pop("writing").to(w), h[:, first:])
+    out |= {"w": w, "rows": out["rows"][:COLUMNS]}
+    return out | {name: out[name][chunk:] for name in ("tail_h", "tail_t")}
+
+
+def import_row(
+    state: FastWeightState,
+    spec: SiteSpec,
+    sequence: int,
+    given: Mapping[str, Tensor],
+    weight: Callable[[SiteSpec], Tensor] | None = None,
+) -> None:
+    """Put what :func:`export_row` gave into a sequence that has not begun, bit for bit.
+
+    A write in progress is finished if these tables have no room for one, for which ``weight`` gives W0
+    ``[D, F]``; between tables that are made alike it is not needed.
+    """
+    if "writing" in given and not state.sites[spec.key].spreads:
+        assert weight is not None, "these tables have no room for a write in progress"
+        given = finished_row(given, spec, weight(spec))
     # A fork that shares these tables reads slots that are free here.
     state.own()
     site, row = state.sites[spec.key], int(state.batch[sequence])
@@ -97,7 +154,7 @@ def import_row(state: FastWeightState, spec: SiteSpec, sequence: int, given: Map
     slot = int(site.rows[row, SLOT])
     if slot in taken:
         slot = next(s for s in range(len(site.rows)) if s not in taken)
-    columns = torch.arange(counts[DONE] * spec.chunk, counts[SEEN]) % site.capacity
+    columns = torch.arange(live_start(counts, spec.chunk), counts[SEEN]) % site.capacity
     if site.lanes.shape[1]:
         # Rows that began as forks of this one may still read its lane.
         lanes = RowTail(site.rows.tolist(), row, site, spec.chunk).free_lanes(columns)
@@ -112,7 +169,10 @@ def import_row(state: FastWeightState, spec: SiteSpec, sequence: int, given: Map
         values.copy_(given["values"])
     elif counts[WRITES]:
         site.w[slot].copy_(given["w"])
-    site.norms[row] = given["norms"].to(state.device)
-    table = given["rows"].clone()
+    site.norms[row, :NORMS] = given["norms"].to(state.device)
+    if "writing" in given:
+        site.spread_values(row, spec.chunk).copy_(given["writing"])
+    table = torch.zeros(site.rows.shape[1], dtype=torch.int64)
+    table[: len(counts)] = given["rows"]
     table[SLOT] = slot
     site.rows[row] = table.to(state.device)

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ttt_compiler.codegen.layout import COLUMNS
 from ttt_compiler.errors import SnapshotError, UnsupportedModelError
 from ttt_compiler.runtime.available import available_bytes
 from ttt_compiler.runtime.compress import Method, decode, encode, expected_tensors, parse_method
@@ -24,10 +23,13 @@ from ttt_compiler.runtime.layers import check_layers, export_layers, fill_layers
 from ttt_compiler.runtime.root import Root
 from ttt_compiler.runtime.rows import Row, export_row, import_row, row_layout
 from ttt_compiler.runtime.snapshot_v1 import from_version_1, layers_of_version_1
-from ttt_compiler.runtime.state import FastWeightState, bytes_per_sequence
+from ttt_compiler.runtime.state import FastWeightState
+from ttt_compiler.runtime.tables import bytes_per_sequence, has_room_to_spread
 from ttt_compiler.spec import SiteSpec, same_sites
 
-FORMAT, VERSION = "ttt-session", 2
+FORMAT, VERSION = "ttt-session", 3
+# The version of a file without a write in progress.
+_AT_REST = 2
 # A file may not ask for more memory than a user would.
 MOST_REVOCABLE = 1 << 20
 
@@ -46,11 +48,13 @@ def save(
             f"{path}: these sequences can no longer be used: {state.lost}; nothing was changed"
         )
     method = None if compress is None else parse_method(compress)
+    if method is not None:
+        state.finish_writes(root.weight)
     tensors, errors = _fast_tensors(root, state, method)
     held, layers = export_layers(cache)
     header = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": VERSION if any(name.endswith(".writing") for name in tensors) else _AT_REST,
         "model": fingerprint(model),
         "sites": list(state.signature),
         "batch_size": state.batch_size,
@@ -94,14 +98,15 @@ def load(path: str | os.PathLike[str], model: nn.Module, root: Root, cache: Any)
     _require_room(root, batch, revocable, path)
     state = root.new_state(batch, revocable)
     for (key, b), row in rows.items():
-        import_row(state, next(s for s in root.specs if s.key == key), b, row)
+        import_row(state, next(s for s in root.specs if s.key == key), b, row, root.weight)
     return Loaded(state, lambda cache: fill_layers(cache, layers or [], held, state.device))
 
 
 def _require_room(root: Root, batch: int, revocable: int, path: object) -> None:
     """A few counters in a small file may ask for any amount of memory."""
     like = root.like(root.specs[0])
-    needed = batch * bytes_per_sequence(root.specs, like.dtype, revocable=revocable)
+    spread = has_room_to_spread(like.device, revocable)
+    needed = batch * bytes_per_sequence(root.specs, like.dtype, revocable=revocable, spread=spread)
     there = available_bytes(like.device)
     if there is not None and needed > there:
         raise SnapshotError(
@@ -155,7 +160,7 @@ def _rows(
             prefix = f"fast.{spec.key}.{b}."
             counts = fast.get(f"{prefix}rows")
             layout = None
-            if counts is not None and counts.shape == (COLUMNS,) and counts.dtype == torch.int64:
+            if counts is not None and counts.dim() == 1 and counts.dtype == torch.int64:
                 layout = row_layout(spec, dtype, counts.tolist(), revocable)
             if layout is None:
                 raise SnapshotError(
@@ -193,7 +198,7 @@ def _check_header(header: dict[str, Any], path: object, model: nn.Module, root: 
     if header.get("format") != FORMAT:
         raise SnapshotError(f"{path}: is no saved session; nothing was changed")
     version = header.get("version")
-    if type(version) is not int or version not in (1, VERSION):
+    if type(version) is not int or version not in range(1, VERSION + 1):
         raise SnapshotError(
             f"{path}: has version {repr(version)[:20]}, this ttt_compiler reads versions 1 "
             f"to {VERSION}; nothing was changed"

@@ -9,27 +9,29 @@ until one of both runs. May be changed here: operations on rows; where the numbe
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ttt_compiler.codegen.cpu.spread import finish_write, spread_matrix
 from ttt_compiler.codegen.layout import (
     CACHED,
-    COLUMNS,
     DONE,
     FACTORED,
+    LEFT,
     SEEN,
     SLOT,
+    VALUES,
     WRITES,
     StateTensors,
-    cached_rows,
     factored_rows,
 )
 from ttt_compiler.compat import mark_static
 from ttt_compiler.errors import CacheError, CropError
-from ttt_compiler.spec import SiteSpec, state_dtype
+from ttt_compiler.runtime.tables import selected, with_tail, zeros
+from ttt_compiler.spec import SiteSpec
 
 # What is written while a sequence runs; a fork shares these until then, and copies counters at once.
 _HEAVY = ("w", "tail_h", "tail_t", "tail_v", "lanes")
@@ -70,6 +72,7 @@ class FastWeightState:
         revocable: int = 0,
         *,
         shared_lanes: bool = False,
+        spread: bool = False,
     ) -> FastWeightState:
         """State of ``batch`` sequences that have not begun: every row stands at the slow weights.
 
@@ -81,10 +84,11 @@ class FastWeightState:
             owner: see the class.
             revocable: R, the number of last tokens that can be taken back across a chunk's end.
             shared_lanes: whether rows may share entries of a tail from the start (pools, beams).
+            spread: whether there is room to spread a chunk's write over steps (CPU, and R = 0).
         """
         # Tensors made under inference mode could not be written by a later call outside of it.
         with torch.inference_mode(False):
-            sites = {s.key: _zeros(s, batch, dtype, device, revocable, shared_lanes) for s in specs}
+            sites = {s.key: zeros(s, batch, dtype, device, revocable, shared_lanes, spread) for s in specs}
             return cls(specs, sites, torch.arange(batch, device=device), owner)
 
     @property
@@ -110,7 +114,12 @@ class FastWeightState:
     @property
     def revocable(self) -> int:
         """R: how many of the last tokens can be taken back across a chunk's end."""
-        return self._first().capacity - self.specs[0].chunk
+        return self._first().revocable(self.specs[0])
+
+    @property
+    def holds_values(self) -> bool:
+        """Whether v of tokens that are not written is kept from call to call."""
+        return any(site.tail_v.shape[1] > 0 for site in self.sites.values())
 
     @property
     def tokens_seen(self) -> list[int]:
@@ -161,6 +170,8 @@ class FastWeightState:
         if self.adapter != adapter:
             for site in self.sites.values():
                 site.rows[self.batch, CACHED] = 0
+                if site.spreads:
+                    site.rows[self.batch, VALUES] = 0
             self.adapter = adapter
 
     def settle(self) -> None:
@@ -196,8 +207,20 @@ class FastWeightState:
         with torch.inference_mode(False):
             chosen = self.batch[rows.clone()]
             for spec in self.specs:
-                self.sites[spec.key] = _selected(self.sites[spec.key], chosen)
+                self.sites[spec.key] = selected(self.sites[spec.key], chosen)
             self.batch = torch.arange(len(rows), device=self.device)
+
+    def copy_row(self, source: int, target: int) -> None:
+        """Row ``target`` of the tables becomes what row ``source`` is; both read the same slot and lanes."""
+        for site in self.sites.values():
+            for table in (site.rows, site.lanes, site.norms):
+                table[target] = table[source]
+            # v is kept per row.
+            site.rows[target, CACHED] = 0
+            if site.spreads:
+                site.rows[target, VALUES] = 0
+                if site.rows[source, LEFT]:
+                    site.tail_v[target] = site.tail_v[source]
 
     def repeat_interleave(self, repeats: int) -> None:
         """Every sequence becomes ``repeats`` sequences."""
@@ -237,6 +260,7 @@ class FastWeightState:
             counts[:, SEEN] -= tokens
             complete = counts[:, SEEN] // spec.chunk - counts[:, DONE]
             counts[:, CACHED] = torch.minimum(counts[:, CACHED], complete)
+            counts[:, VALUES : VALUES + 1] = 0
             rows[self.batch] = counts
 
     def keep_revocable(self, tokens: int) -> None:
@@ -250,7 +274,20 @@ class FastWeightState:
         self.own()
         with torch.inference_mode(False):
             for spec in self.specs:
-                self.sites[spec.key] = _with_tail(self.sites[spec.key], spec, tokens)
+                self.sites[spec.key] = with_tail(self.sites[spec.key], spec, tokens)
+
+    def finish_writes(self, weight: Callable[[SiteSpec], Tensor]) -> None:
+        """Bring writes that are spread over steps to their end; ``weight`` gives W0 ``[D, F]`` of a site."""
+        for spec in self.specs:
+            site = self.sites[spec.key]
+            if not site.spreads or not bool(site.rows[self.batch, LEFT].any()):
+                continue
+            self.own()
+            site = self.sites[spec.key]
+            table = site.rows.tolist()
+            for row in self.batch.tolist():
+                finish_write(table, row, site, spec, weight(spec))
+            site.rows.copy_(torch.tensor(table))
 
     def matrix(self, key: str, sequence: int, w0: Tensor) -> Tensor:
         """W ``[D, F]`` of a sequence in the state's dtype, a new tensor; ``w0 [D, F]`` is its slow weight."""
@@ -260,6 +297,9 @@ class FastWeightState:
         if counts[WRITES] == 0:
             return base.clone()
         slot = site.w[counts[SLOT]]
+        if site.spreads and counts[LEFT]:
+            spec = next(s for s in self.specs if s.key == key)
+            return spread_matrix(site, int(self.batch[sequence]), spec, base)
         if counts[FACTORED] == 0:
             return slot.clone()
         keys, values = factored_rows(slot, site.tail_h.dtype, counts[FACTORED])
@@ -279,25 +319,6 @@ class FastWeightState:
 
     def _first(self) -> StateTensors:
         return self.sites[self.specs[0].key]
-
-
-def bytes_per_sequence(
-    specs: Sequence[SiteSpec], dtype: torch.dtype, *, revocable: int = 0, shared_lanes: bool = False
-) -> int:
-    """Bytes that one sequence's state takes, known before anything is allocated.
-
-    Per site ``D F a + (C + R)(F + Dt) e + C ceil(R / C) D e + 3 a + 64``, and ``4 (C + R)`` more where rows
-    may share entries; a and e are the bytes of one number of the state and of the model. 8 more per sequence
-    say which row it is.
-    """
-    acc, element = state_dtype(dtype).itemsize, dtype.itemsize
-    total = 8
-    for s in specs:
-        tail = s.chunk + revocable
-        total += s.d_model * s.d_ff * acc + tail * (s.d_ff + s.d_target) * element
-        total += cached_rows(s.chunk, revocable) * s.d_model * element
-        total += 3 * acc + COLUMNS * 8 + (4 * tail if shared_lanes else 0)
-    return total
 
 
 def check_fits(
@@ -330,53 +351,3 @@ def check_fits(
                 f"model, or the model's weights were trained or loaded since. {fresh}"
             )
         state.owner = owner
-
-
-def _zeros(
-    spec: SiteSpec, rows: int, dtype: torch.dtype, device: torch.device, revocable: int, shared_lanes: bool
-) -> StateTensors:
-    acc, tail = state_dtype(dtype), spec.chunk + revocable
-    table = torch.zeros(rows, COLUMNS, dtype=torch.int64, device=device)
-    table[:, SLOT] = torch.arange(rows)
-    lanes = torch.arange(rows, dtype=torch.int32, device=device)[:, None]
-    return StateTensors(
-        w=torch.zeros(rows, spec.d_model, spec.d_ff, dtype=acc, device=device),
-        tail_h=torch.zeros(rows, tail, spec.d_ff, dtype=dtype, device=device),
-        tail_t=torch.zeros(rows, tail, spec.d_target, dtype=dtype, device=device),
-        tail_v=torch.zeros(
-            rows, cached_rows(spec.chunk, revocable), spec.d_model, dtype=dtype, device=device
-        ),
-        lanes=lanes.repeat(1, tail if shared_lanes else 0),
-        rows=table,
-        norms=torch.zeros(rows, 3, dtype=acc, device=device),
-    )
-
-
-def _selected(site: StateTensors, chosen: Tensor) -> StateTensors:
-    """Tables whose first rows are the ``chosen`` ones; grown when there are more of them than rows."""
-    rows, count = len(site.rows), len(chosen)
-    if site.lanes.shape[1] == 0:
-        own = torch.arange(rows, dtype=torch.int32, device=chosen.device)[:, None]
-        site = site._replace(lanes=own.repeat(1, site.capacity))
-    if count > rows:
-        site = StateTensors(*(torch.cat([x, x.new_zeros(count - rows, *x.shape[1:])]) for x in site))
-    table, lanes, norms = (torch.zeros_like(x) for x in (site.rows, site.lanes, site.norms))
-    table[:, SLOT] = torch.arange(len(table))
-    table[:count], lanes[:count], norms[:count] = site.rows[chosen], site.lanes[chosen], site.norms[chosen]
-    # v of waiting chunks is kept per row, and rows have changed places.
-    table[:, CACHED] = 0
-    return site._replace(rows=table, lanes=lanes, norms=norms)
-
-
-def _with_tail(site: StateTensors, spec: SiteSpec, revocable: int) -> StateTensors:
-    """The same state with R = ``revocable``: every row gets its unwritten tokens into a lane of its own."""
-    rows, old, new = len(site.rows), site.capacity, spec.chunk + revocable
-    grown = _zeros(spec, rows, site.tail_h.dtype, site.tail_h.device, revocable, site.lanes.shape[1] > 0)
-    for row, counts in enumerate(site.rows.tolist()):
-        tokens = torch.arange(counts[DONE] * spec.chunk, counts[SEEN], device=site.rows.device)
-        lanes = site.lanes[row, tokens % old].long() if site.lanes.shape[1] else row
-        grown.tail_h[row, tokens % new] = site.tail_h[lanes, tokens % old]
-        grown.tail_t[row, tokens % new] = site.tail_t[lanes, tokens % old]
-    table = site.rows.clone()
-    table[:, CACHED] = 0
-    return grown._replace(w=site.w, rows=table, norms=site.norms)

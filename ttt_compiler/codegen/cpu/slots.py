@@ -83,7 +83,7 @@ class RowMatrix:
             decay: gamma.
             factored: whether the row may keep its tokens factored.
         """
-        self._own_slot()
+        self.own_slot()
         if factored and self.reads_base:
             self.decay(decay)
             done = self.me[FACTORED]
@@ -99,7 +99,7 @@ class RowMatrix:
         self.me[WRITES] += 1
 
     def decay(self, factor: float) -> None:
-        """``W = W0 + factor (W - W0)``; of a slot that is this row's own (see :meth:`write`)."""
+        """``W = W0 + factor (W - W0)``; of a slot that is this row's own (see :meth:`own_slot`)."""
         if factor == 1.0 or self.me[WRITES] == 0:
             return
         if self.me[FACTORED]:
@@ -110,7 +110,7 @@ class RowMatrix:
     def forget(self, decay: float) -> None:
         """A chunk passes without a write: what was written decays all the same."""
         if decay != 1.0 and self.me[WRITES]:
-            self._own_slot()
+            self.own_slot()
             self.decay(decay)
 
     def _factored(self) -> tuple[Tensor, Tensor]:
@@ -130,7 +130,7 @@ class RowMatrix:
         slot.copy_(made)
         self.me[FACTORED] = 0
 
-    def _own_slot(self) -> None:
+    def own_slot(self) -> None:
         """A slot that no other row reads, with what this row has written so far."""
         others = {r[SLOT] for r in self.table if r is not self.me and r[WRITES]}
         here = self.me[SLOT]

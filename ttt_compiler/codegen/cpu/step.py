@@ -2,8 +2,9 @@
 
 The same code serves prefill, chunked prefill and decode, so they agree by construction. A chunk is written
 once its end is R tokens old (R = 0: at once); until then it acts in factored form, so that up to R tokens can
-be taken back exactly. May be changed here: how it is computed. The layout is
-:mod:`ttt_compiler.codegen.layout`.
+be taken back exactly. Where the state has room, the write of a chunk that a single token completes is spread
+over the next tokens (:mod:`.spread`); any other call finishes it first. May be changed here: how it is
+computed. The layout is :mod:`ttt_compiler.codegen.layout`.
 """
 
 from __future__ import annotations
@@ -18,18 +19,22 @@ from ttt_compiler.codegen.cpu.controls import limited
 from ttt_compiler.codegen.cpu.conv import convolve
 from ttt_compiler.codegen.cpu.gemm import project, static_apply, workspace
 from ttt_compiler.codegen.cpu.native.decode import decode
+from ttt_compiler.codegen.cpu.native.few_rows import project_turned
 from ttt_compiler.codegen.cpu.native.squares import norm as frobenius
 from ttt_compiler.codegen.cpu.slots import RowMatrix, add_factored
+from ttt_compiler.codegen.cpu.spread import BLOCK, Spread
 from ttt_compiler.codegen.cpu.tail import RowTail, append_tokens
 from ttt_compiler.codegen.layout import (
     CACHED,
     CLIPPED,
     DONE,
     LAST,
+    LEFT,
     PEAK,
     SEEN,
     SKIPPED,
     TOTAL,
+    VALUES,
     WRITES,
     StateTensors,
     factored_limit,
@@ -73,30 +78,38 @@ def fast_weight_step(
         NonFiniteWriteError: a complete chunk holds NaN or Inf and is not skipped. Its write is not made.
     """
     length = h.shape[1]
-    read, complete = decode(h, t, w0, bias, pos, spec, state, batch) if length == 1 else (None, False)
-    if read is not None and complete:
-        return read
+    step = decode(h, t, w0, bias, pos, spec, state, batch) if length == 1 else None
+    if step is not None and not step.rest and not step.work:
+        return step.y
     call = _Call(h.contiguous(), t.contiguous(), w0, bias, conv, proj, spec, state, len(batch))
     members = batch.tolist()
-    runs = _token_runs(pos, len(members)) if length == 1 else row_runs(pos, len(members), length)
     rows = [_Row(call, member) for member in members]
-    untouched = all(row.reads_only_w0(r, length) for row, r in zip(rows, runs, strict=True))
-    y = h.new_empty(len(members), length, w0.shape[0]) if read is None else read
-    base_done = untouched or (length == 1 and any(map(_Row.needs_base, rows, runs)))
-    if base_done and read is None:
-        # One read of W0 for the whole batch, by the base model's own projection.
-        static_apply(h, w0, bias, out=y)
+    rest = list(range(len(rows))) if step is None else step.rest
+    if step is not None and step.work:
+        for b in set(range(len(rows))).difference(rest):
+            rows[b].spread_write()
+    runs = _token_runs(pos, len(members)) if length == 1 else row_runs(pos, len(members), length)
+    if step is not None:
+        untouched, base_done, y = False, step.base_done, step.y
+    else:
+        untouched = all(row.reads_only_w0(r, length) for row, r in zip(rows, runs, strict=True))
+        base_done = untouched or (length == 1 and any(map(_Row.needs_base, rows, runs)))
+        y = h.new_empty(len(members), length, w0.shape[0])
+        if base_done:
+            # One read of W0 for the whole batch, by the base model's own projection.
+            static_apply(h, w0, bias, out=y)
     # Of one token most rows only read their matrix and keep it: they keep them by one copy.
-    kept = [b for b, row in enumerate(rows) if length == 1 and row.only_keeps(runs[b][0])]
+    kept = [b for b in rest if step is None and length == 1 and rows[b].only_keeps(runs[b][0])]
     if kept:
-        if not untouched and read is None:
+        if not untouched:
             hs, ys = call.h.unbind(0), y.unbind(0)
             for b in kept:
+                rows[b].finish_write()
                 if not base_done or rows[b].counts[WRITES]:
                     rows[b].matrix.apply(hs[b], bias, ys[b], base_done=base_done)
         h1, t1 = (x[:, 0] if len(kept) == len(rows) else x[kept, 0] for x in (call.h, call.t))
         append_tokens(call.table, [members[b] for b in kept], state, spec.chunk, h1, t1)
-    for b in set(range(len(rows))).difference(kept):
+    for b in sorted(set(rest).difference(kept)):
         for run in runs[b]:
             rows[b].advance(run, call.h[b], call.t[b], y[b], base_done=base_done, apply=not untouched)
     state.rows.copy_(torch.tensor(call.table, dtype=state.rows.dtype))
@@ -121,7 +134,7 @@ class _Call:
         self.h, self.t, self.w0, self.bias = h, t, w0, bias
         self.conv, self.proj, self.spec, self.state = conv, proj, spec, state
         self.table: list[list[int]] = state.rows.tolist()
-        self.revocable = state.capacity - spec.chunk
+        self.revocable = state.revocable(spec)
         self.factored_limit = factored_limit(spec.d_model, spec.d_ff, batch)
         if spec.rule.decay != 1.0 and state.tail_v.dtype != state.w.dtype:
             # Decay multiplies what is stored, and a narrow factored row would round each step away.
@@ -139,15 +152,28 @@ class _Call:
             self._limit = write_limit(self.w0, self.spec.rule)
         return self._limit
 
+    def convolved(self, t: Tensor, name: str) -> Tensor:
+        """The convolution along tokens t ``[m, Dt]`` of one chunk, times eta, in a workspace."""
+        out = workspace(name, tuple(t.shape), t.dtype)
+        # eta belongs to the taps: there it costs K multiplications a channel.
+        convolve(t, self.conv[:, 0].t() * self.spec.write_scale, out)
+        return out
+
     def values(self, t: Tensor) -> Tensor:
         """v of a complete chunk, in a workspace. t ``[C, Dt]``."""
-        v = workspace("step.conv", tuple(t.shape), t.dtype)
-        # eta belongs to the taps: there it costs K multiplications a channel.
-        convolve(t, self.conv[:, 0].t() * self.spec.write_scale, v)
+        v = self.convolved(t, "step.conv")
         if self.proj is None:
             return v
         out = workspace("step.v", (t.shape[0], self.spec.d_model), t.dtype)
         return project(v, self.proj, out, "step.proj")
+
+    def turned_values(self, t: Tensor, rows: slice, out: Tensor) -> None:
+        """v of some rows of a part of a chunk, t ``[m, Dt]``, into out ``[D, rows]``."""
+        u = self.convolved(t, "step.part")[rows]
+        if self.proj is None:
+            out.copy_(u.t())
+        elif not project_turned(u, self.proj, out):
+            out.copy_((u @ self.proj).t())
 
 
 class _Row:
@@ -169,6 +195,38 @@ class _Row:
     def tail(self) -> RowTail:
         """Its tokens that are not written."""
         return RowTail(self.call.table, self.index, self.call.state, self.chunk)
+
+    @functools.cached_property
+    def spread(self) -> Spread:
+        """Its write that is spread over steps."""
+        return Spread(self.call.table, self.index, self.call.state, self.call.spec)
+
+    def finish_write(self) -> None:
+        """A write that is in progress comes to its end, for what only a step in C++ can read before."""
+        if self.call.state.spreads and self.counts[LEFT]:
+            self.matrix.own_slot()
+            self.spread.finish(self.call.w0)
+
+    def spread_write(self) -> None:
+        """After a step in C++: make v that is due; begin the write of a chunk that is complete."""
+        call, counts = self.call, self.counts
+        complete = counts[SEEN] == (counts[DONE] + 1) * self.chunk
+        if counts[LEFT] or not (complete or counts[VALUES] + BLOCK <= counts[SEEN] % self.chunk):
+            return
+        if call.still:
+            counts[DONE] += complete
+            return
+        self.spread.make_values(call.turned_values, blocks=self.chunk if complete else 1)
+        if complete:
+            norms = self.spread.norms()
+            if self._is_finite(*norms):
+                self.matrix.own_slot()
+                self.spread.begin()
+                self._record(None, math.prod(norms))
+            else:
+                counts[SKIPPED] += 1
+                counts[DONE] += 1
+                counts[VALUES] = 0
 
     def reads_only_w0(self, runs: list[Run], length: int) -> bool:
         """Whether no token reads a written matrix or a complete chunk, from before this call or of it."""
@@ -196,6 +254,8 @@ class _Row:
             return
         if run.fresh:
             self._begin()
+        else:
+            self.finish_write()
         i = run.start
         end = counts[SEEN] + run.stop - run.start
         while i < run.stop:
@@ -215,7 +275,7 @@ class _Row:
         self._commit(end)
 
     def _begin(self) -> None:
-        for column in (SEEN, DONE, SKIPPED, CLIPPED, CACHED):
+        for column in (SEEN, DONE, SKIPPED, CLIPPED, CACHED, LEFT, VALUES)[: 5 + 2 * self.call.state.spreads]:
             self.counts[column] = 0
         self.matrix.reset()
         self.call.state.norms[self.index].zero_()
@@ -265,14 +325,18 @@ class _Row:
         v, norm = limited(call.values(t), h, call.limit(), rule.keys == "unit")
         # A finite norm proves that every entry is finite, in one pass; the product of two such in fp32 is.
         of_v, of_h = frobenius(v), frobenius(h)
-        if math.isfinite(of_v) and math.isfinite(of_h):
-            return v, h, norm, of_v * of_h
-        if rule.on_nonfinite == "skip":
-            return None, h, None, of_v
+        return (v, h, norm, of_v * of_h) if self._is_finite(of_v, of_h) else (None, h, None, of_v)
+
+    def _is_finite(self, *norms: float) -> bool:
+        """Whether a chunk may be written; else its write is skipped, or the call is lost."""
+        if all(map(math.isfinite, norms)):
+            return True
+        if self.call.spec.rule.on_nonfinite == "skip":
+            return False
         raise NonFiniteWriteError(
-            f"{call.spec.key}: chunk {self.counts[DONE]} would write NaN or Inf into the fast weights. The "
-            "write was not made, but this call is lost: restore the session from a snapshot or reset() it, "
-            'and lower lr, check the adapter, set max_write_norm, or pass on_nonfinite="skip"'
+            f"{self.call.spec.key}: chunk {self.counts[DONE]} would write NaN or Inf into the fast weights. "
+            "The write was not made, but this call is lost: restore the session from a snapshot or reset() "
+            'it, and lower lr, check the adapter, set max_write_norm, or pass on_nonfinite="skip"'
         )
 
     def _write(self, h: Tensor, t: Tensor, end: int) -> None:
@@ -290,6 +354,8 @@ class _Row:
                 self._record(norm, bound)
         counts[DONE] += 1
         counts[CACHED] = max(0, counts[CACHED] - 1)
+        if call.state.spreads:
+            counts[VALUES] = 0
 
     def _record(self, norm: Tensor | None, bound: float) -> None:
         """Note the write's norm: exact under a limit, else the bound ``||v|| ||h||``."""

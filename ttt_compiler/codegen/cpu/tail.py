@@ -1,9 +1,9 @@
 """The tokens of one row that are not written yet: a ring of hidden and target rows.
 
-Token p of a document lies in column ``p mod (C + R)``, so nothing moves when a chunk is written, and taking
-tokens back is a matter of counters. Rows that share a past (beams, forks) read each other's lanes; a new
-entry goes to a lane of its column that no row reads. May be changed here: how entries are found; where they
-stand is :mod:`ttt_compiler.codegen.layout`.
+Token p of a document lies in column ``p mod (C + R + S)``, so nothing moves when a chunk is written, and
+taking tokens back is a matter of counters. Rows that share a past (beams, forks) read each other's lanes; a
+new entry goes to a lane of its column that no row reads. May be changed here: how entries are found; where
+they stand is :mod:`ttt_compiler.codegen.layout`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ttt_compiler.codegen.layout import DONE, SEEN, StateTensors
+from ttt_compiler.codegen.layout import SEEN, StateTensors, live_start
 
 
 class RowTail:
@@ -59,7 +59,7 @@ class RowTail:
 
     def cached(self, index: int) -> Tensor:
         """Room for v ``[C, D]`` of the complete, unwritten chunk ``index`` of the document."""
-        places = self.state.tail_v.shape[1] // self.chunk
+        places = self.state.tail_v.shape[1] // self.chunk - self.state.spreads
         start = index % places * self.chunk
         return self.state.tail_v[self.row, start : start + self.chunk]
 
@@ -70,10 +70,11 @@ class RowTail:
         """Per column, this row's own lane, or else the first one that no other row reads there."""
         used = torch.zeros(len(self.table), len(columns), dtype=torch.bool)
         for row, counts in enumerate(self.table):
-            live = counts[SEEN] - counts[DONE] * self.chunk
+            start = live_start(counts, self.chunk)
+            live = counts[SEEN] - start
             if row == self.row or live == 0:
                 continue
-            age = (columns - counts[DONE] * self.chunk) % self.capacity
+            age = (columns - start) % self.capacity
             reads = torch.nonzero(age < live).flatten()
             used[self.state.lanes[row, columns[reads]].long(), reads] = True
         # argmin of bool: the first lane that is not used; there are as many lanes as rows.
@@ -106,7 +107,8 @@ def _take_lanes(
 ) -> list[int]:
     """:meth:`RowTail.free_lanes` of one column per row, in order, by integers alone."""
     capacity = state.capacity
-    live = [(counts[DONE] * chunk, counts[SEEN] - counts[DONE] * chunk) for counts in table]
+    starts = [live_start(counts, chunk) for counts in table]
+    live = [(start, counts[SEEN] - start) for start, counts in zip(starts, table, strict=True)]
     lanes_of = state.lanes[:, columns].t().tolist()
     taken: dict[int, set[int]] = {}
     out = []

@@ -23,13 +23,15 @@ NAMES = {
     torch.bfloat16: "bfloat16",
     torch.float16: "float16",
 }
-_FILES = ("numbers", "conv", "decode", "squares", "blocks", "products")
+_FILES = ("numbers", "conv", "dots", "few_rows", "spread", "decode", "squares", "blocks", "products")
 _INT, _SIZE, _POINTER, _FLOAT = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
 # Per function of one dtype: what it takes, what it returns, and the dtypes that there are.
 _SIGNATURES: dict[str, tuple[list[Any], Any, tuple[str, ...]]] = {
     "conv": ([_POINTER] * 3 + [_SIZE] * 4 + [_INT], None, tuple(NAMES.values())),
     "taps": ([_POINTER] * 3 + [_SIZE] * 4 + [_INT], None, tuple(NAMES.values())),
-    "decode": ([_POINTER] * 11 + [_SIZE] * 8 + [_INT] * 2, _INT, tuple(NAMES.values())),
+    "decode": ([_POINTER] * 14 + [_SIZE] * 15 + [_INT] * 2, _INT, tuple(NAMES.values())),
+    "spread": ([_POINTER] * 5 + [_SIZE] * 9 + [_INT], None, tuple(NAMES.values())),
+    "few_rows": ([_POINTER] * 3 + [_SIZE] * 4 + [_INT], None, tuple(NAMES.values())),
     "squares": ([_POINTER, _SIZE, _INT], ctypes.c_double, tuple(NAMES.values())),
     "blocks": ([_POINTER] * 7 + [_SIZE] * 3 + [_INT] * 3, _INT, ("float32", "bfloat16")),
     "wideblocks": ([_POINTER] * 7 + [_SIZE] * 3 + [_INT] * 3, _INT, ("bfloat16", "float16")),
@@ -43,6 +45,11 @@ def function(name: str, dtype: torch.dtype) -> Any:
     if found is None or NAMES.get(dtype) not in _SIGNATURES[name][2]:
         return None
     return getattr(found, f"{name}_{NAMES[dtype]}")
+
+
+def address(buffer: bytearray) -> int:
+    """Where its bytes lie, for as long as its size does not change."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
 
 
 @functools.cache

@@ -2,77 +2,95 @@
 namespace {
 
 // Columns of the table of rows, and what is returned: together with layout.py and decode.py.
-enum { SEEN, DONE, WRITES, FACTORED, SLOT, COLUMNS = 8 };
-enum Result { ALL = 0, SOME = 1, NEEDS_BASE = 2 };
-
-// Rows of a matrix that are read side by side: h is loaded once for them.
-constexpr int kRows = 8;
-// Partial sums of one row: so many that additions do not wait for each other.
-constexpr int kLanes = 16;
-// Rows of one unit of work; what sequences that share a matrix read one after the other.
-constexpr int64_t kBlock = 64;
-
-// s[n] = sum_f m[n, f] h[f] of N rows.
-template <int N, typename M, typename A>
-inline void dots(const M* m, const A* h, A* s, int64_t width) {
-  A sum[N][kLanes] = {};
-  int64_t f = 0;
-  for (; f + kLanes <= width; f += kLanes)
-    for (int n = 0; n < N; ++n)
-#pragma omp simd
-      for (int j = 0; j < kLanes; ++j) sum[n][j] += A(widen(m[n * width + f + j])) * h[f + j];
-  for (int n = 0; n < N; ++n) {
-    s[n] = 0;
-    for (int j = 0; j < kLanes; ++j) s[n] += sum[n][j];
-    for (int64_t g = f; g < width; ++g) s[n] += A(widen(m[n * width + g])) * h[g];
-  }
-}
-
-template <typename M, typename A>
-void dots_of(const M* m, const A* h, A* s, int64_t rows, int64_t width) {
-  int64_t r = 0;
-  for (; r + kRows <= rows; r += kRows) dots<kRows>(m + r * width, h, s + r, width);
-  for (; r < rows; ++r) dots<1>(m + r * width, h, s + r, width);
-}
+enum { SEEN, DONE, WRITES, FACTORED, SLOT, LEFT = 8, VALUES = 9 };
+enum Result { ALL = 0, SOME = 1, NEEDS_BASE = 2, WORK = 4, IS_BASE = 8 };
 
 template <typename T, typename A>
 struct Decode {
   const T *h, *t;
   T* y;
-  const T* bias;
-  const A* w;
+  const T *bias, *w0;  // either may be null; w0 where its rows are not in one piece
+  A* w;
   T *tail_h, *tail_t;
-  int32_t* lanes;  // null while every row uses its own
+  const T* values;  // [rows, .., d, chunk], null where no write is spread
+  int32_t* lanes;   // null while every row uses its own
   int64_t* table;
   const int64_t *batch, *pos;  // pos may be null; one of all rows, or of each
-  int64_t members, positions, rows, d, f, dt, chunk, capacity;
+  uint8_t* done;               // of each sequence, whether all is done for it
+  int64_t members, positions, rows, columns, d, f, dt, chunk, capacity, w0_stride, values_stride;
+  // Tokens that a write is spread over, fewest tokens of a matrix, tokens of v that are made at once, tokens that v
+  // looks ahead.
+  int64_t spread, unfolded, together, ahead;
   int threads;
 
-  int64_t* row(int64_t b) const { return table + batch[b] * COLUMNS; }
+  int64_t* row(int64_t b) const { return table + batch[b] * columns; }
+  int64_t left(const int64_t* me) const { return spread > 0 ? me[LEFT] : 0; }
+  int64_t open(const int64_t* me) const { return me[SEEN] - me[DONE] * chunk; }
+  // The first token that the tail must keep.
+  int64_t start(const int64_t* me) const { return (me[DONE] - (left(me) > 0)) * chunk; }
 
   // Neither the first token of a document nor padding.
   bool goes_on(int64_t b) const { return !pos || pos[positions == 1 ? 0 : b] > 0; }
 
   bool keeps(int64_t b) const {
     const int64_t* me = row(b);
-    return goes_on(b) && me[SEEN] - me[DONE] * chunk < chunk - 1;
+    if (!goes_on(b)) return false;
+    if (left(me) > 0 && (open(me) + chunk >= capacity || (me[WRITES] == 1 && !w0) || shares_slot(b))) return false;
+    return open(me) < chunk - 1 || (open(me) == chunk - 1 && spreads(me));
+  }
+
+  // Whether the write of the incomplete chunk will be spread.
+  bool spreads(const int64_t* me) const {
+    return spread > 0 && capacity == chunk + spread && !me[FACTORED] && !me[LEFT] &&
+           (me[DONE] + 1) * chunk > unfolded && (me[WRITES] > 0 || w0);
+  }
+
+  bool shares_slot(int64_t b) const {
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t* it = table + r * columns;
+      if (it != row(b) && it[WRITES] > 0 && it[SLOT] == row(b)[SLOT]) return true;
+    }
+    return false;
   }
 
   bool needs_base(int64_t b) const { return !goes_on(b) || row(b)[WRITES] == 0 || row(b)[FACTORED] > 0; }
 
   int run(bool base_done) {
     std::vector<int64_t> kept;
+    bool some_need = false, all_are = true;
     for (int64_t b = 0; b < members; ++b) {
-      if (!base_done && needs_base(b)) return NEEDS_BASE;
-      if (keeps(b)) kept.push_back(b);
+      some_need |= needs_base(b);
+      all_are &= keeps(b) && row(b)[WRITES] == 0;
+      done[b] = keeps(b);
+      if (done[b]) kept.push_back(b);
     }
+    if (all_are) {
+      append(kept);
+      return IS_BASE | work(kept);
+    }
+    if (some_need && !base_done) return NEEDS_BASE;
     const A* wide = widened();
-    dense(kept, wide);
+    std::vector<A> scores(spread > 0 ? members * chunk : 0);
     for (int64_t b : kept)
+      if (left(row(b)) > 0)
+        scores_of(keys(b), chunk, wide + b * f, scores.data() + b * chunk, f - left(row(b)), threads);
+    dense(kept, wide, scores.data());
+    int result = int64_t(kept.size()) < members ? SOME : ALL;
+    for (int64_t b : kept) {
       if (row(b)[WRITES] > 0 && row(b)[FACTORED] > 0) factored(row(b), wide + b * f, y + b * d);
-    if (int64_t(kept.size()) < members) return SOME;
-    append();
-    return ALL;
+      if (left(row(b)) > 0) write(b);
+    }
+    append(kept);
+    return result | work(kept);
+  }
+
+  // Whether a chunk is complete, or v of as many tokens as belong together can be made.
+  int work(const std::vector<int64_t>& kept) const {
+    for (int64_t b : kept) {
+      const int64_t* me = row(b);
+      if (spreads(me) && (open(me) == chunk || open(me) - ahead - me[VALUES] >= together)) return WORK;
+    }
+    return 0;
   }
 
   const A* widened() const {
@@ -86,7 +104,25 @@ struct Decode {
     }
   }
 
-  void dense(const std::vector<int64_t>& kept, const A* wide) {
+  // Of the chunk whose write is in progress.
+  Keys<T> keys(int64_t b) const {
+    return {tail_h, lanes ? lanes + batch[b] * capacity : nullptr, batch[b], capacity, f, start(row(b))};
+  }
+
+  const T* values_of(int64_t b) const { return values + batch[b] * values_stride; }
+
+  // The share of a write that belongs to one step, of all that are as long.
+  void write(int64_t b) const {
+    int64_t* me = row(b);
+    const int64_t share = ((f + spread - 1) / spread + kPanel - 1) / kPanel * kPanel;
+    const int64_t size = std::min(share, me[LEFT]);
+    const Columns<T, A> all{w + me[SLOT] * d * f, me[WRITES] == 1 ? w0 : nullptr, w0_stride, values_of(b), keys(b),
+                            chunk,                d,                              threads};
+    all.write(f - me[LEFT], size);
+    me[LEFT] -= size;
+  }
+
+  void dense(const std::vector<int64_t>& kept, const A* wide, const A* scores) {
     const int64_t blocks = (d + kBlock - 1) / kBlock;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t i = 0; i < blocks; ++i) {
@@ -94,8 +130,18 @@ struct Decode {
       for (int64_t b : kept) {
         const int64_t* me = row(b);
         if (me[WRITES] == 0 || me[FACTORED] > 0) continue;
-        A sum[kBlock];
-        dots_of(w + (me[SLOT] * d + first) * f, wide + b * f, sum, count, f);
+        A sum[kBlock], more[kBlock];
+        // The first write leaves W0 to be read where it has not come to; a later one finds W there.
+        const int64_t unwritten = me[WRITES] == 1 ? left(me) : 0, width = f - unwritten;
+        dots_of(w + (me[SLOT] * d + first) * f, wide + b * f, sum, count, width, f);
+        if (unwritten > 0) {
+          dots_of(w0 + first * w0_stride + width, wide + b * f + width, more, count, unwritten, w0_stride);
+          for (int64_t r = 0; r < count; ++r) sum[r] += more[r];
+        }
+        if (left(me) > 0) {
+          dots_of(values_of(b) + first * chunk, scores + b * chunk, more, count, chunk, chunk);
+          for (int64_t r = 0; r < count; ++r) sum[r] += more[r];
+        }
         for (int64_t r = 0; r < count; ++r) {
           const A of_bias = bias ? A(widen(bias[first + r])) : A(0);
           narrow(y[b * d + first + r], sum[r] + of_bias);
@@ -112,7 +158,7 @@ struct Decode {
     std::vector<A> scores(count);
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t n = 0; n < count; n += kBlock)
-      dots_of(keys + n * f, x, scores.data() + n, std::min(kBlock, count - n), f);
+      dots_of(keys + n * f, x, scores.data() + n, std::min(kBlock, count - n), f, f);
     const int64_t blocks = (d + kBlock - 1) / kBlock;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t i = 0; i < blocks; ++i) {
@@ -128,32 +174,33 @@ struct Decode {
 
   // Whether row r still reads its entry of a column.
   bool reads(int64_t r, int64_t column) const {
-    const int64_t* it = table + r * COLUMNS;
-    const int64_t start = it[DONE] * chunk, age = (column - start) % capacity;
-    return (age < 0 ? age + capacity : age) < it[SEEN] - start;
+    const int64_t* it = table + r * columns;
+    const int64_t first = start(it), age = (column - first) % capacity;
+    return (age < 0 ? age + capacity : age) < it[SEEN] - first;
   }
 
   // A row's own lane, or else the first one that no row reads at that column and none took before it.
-  void append() {
-    std::vector<int64_t> columns(members), lane(members);
-    for (int64_t b = 0; b < members; ++b) {
-      columns[b] = row(b)[SEEN] % capacity;
-      lane[b] = batch[b];
+  void append(const std::vector<int64_t>& kept) {
+    const size_t count = kept.size();
+    std::vector<int64_t> column(count), lane(count);
+    for (size_t i = 0; i < count; ++i) {
+      column[i] = row(kept[i])[SEEN] % capacity;
+      lane[i] = batch[kept[i]];
     }
     if (lanes) {
       std::vector<char> used(rows);
-      for (int64_t b = 0; b < members; ++b) {
+      for (size_t i = 0; i < count; ++i) {
         std::fill(used.begin(), used.end(), 0);
         for (int64_t r = 0; r < rows; ++r)
-          if (reads(r, columns[b])) used[lanes[r * capacity + columns[b]]] = 1;
-        for (int64_t a = 0; a < b; ++a)
-          if (columns[a] == columns[b]) used[lane[a]] = 1;
-        if (used[batch[b]]) lane[b] = std::find(used.begin(), used.end(), 0) - used.begin();
+          if (reads(r, column[i])) used[lanes[r * capacity + column[i]]] = 1;
+        for (size_t a = 0; a < i; ++a)
+          if (column[a] == column[i]) used[lane[a]] = 1;
+        if (used[lane[i]]) lane[i] = std::find(used.begin(), used.end(), 0) - used.begin();
       }
-      for (int64_t b = 0; b < members; ++b) lanes[batch[b] * capacity + columns[b]] = int32_t(lane[b]);
+      for (size_t i = 0; i < count; ++i) lanes[batch[kept[i]] * capacity + column[i]] = int32_t(lane[i]);
     }
-    for (int64_t b = 0; b < members; ++b) {
-      const int64_t place = lane[b] * capacity + columns[b];
+    for (size_t i = 0; i < count; ++i) {
+      const int64_t b = kept[i], place = lane[i] * capacity + column[i];
       std::copy_n(h + b * f, f, tail_h + place * f);
       std::copy_n(t + b * dt, dt, tail_t + place * dt);
       ++row(b)[SEEN];
@@ -163,14 +210,19 @@ struct Decode {
 
 }  // namespace
 
-#define TTT_DECODE(NAME, T, A)                                                                                \
-  extern "C" int decode_##NAME(const T* h, const T* t, T* y, const T* bias, const A* w, T* tail_h, T* tail_t, \
-                               int32_t* lanes, int64_t* table, const int64_t* batch, const int64_t* pos,      \
-                               int64_t members, int64_t positions, int64_t rows, int64_t d, int64_t f,        \
-                               int64_t dt, int64_t chunk, int64_t capacity, int threads, int base_done) {     \
-    return Decode<T, A>{h,     t,   y,    bias,    w,         tail_h, tail_t, lanes, table, batch,            \
-                        pos,   members, positions, rows,   d,      f,     dt,    chunk, capacity, threads}    \
-        .run(base_done != 0);                                                                                 \
+#define TTT_DECODE(NAME, T, A)                                                                                   \
+  extern "C" int decode_##NAME(const T* h, const T* t, T* y, const T* bias, const T* w0, A* w, T* tail_h,        \
+                               T* tail_t, const T* values, int32_t* lanes, int64_t* table, const int64_t* batch, \
+                               const int64_t* pos, uint8_t* done, int64_t members, int64_t positions,            \
+                               int64_t rows, int64_t columns, int64_t d, int64_t f, int64_t dt, int64_t chunk,   \
+                               int64_t capacity, int64_t w0_stride, int64_t values_stride, int64_t spread,       \
+                               int64_t unfolded, int64_t together, int64_t ahead, int threads, int base_done) {  \
+    return Decode<T, A>{h,         t,        y,        bias,    w0,     w,    tail_h,                            \
+                        tail_t,    values,   lanes,    table,   batch,  pos,  done,                              \
+                        members,   positions, rows,    columns, d,      f,    dt,                                \
+                        chunk,     capacity, w0_stride, values_stride, spread, unfolded, together,               \
+                        ahead,     threads}                                                                      \
+        .run(base_done != 0);                                                                                    \
   }
 
 TTT_DECODE(float32, float, float)

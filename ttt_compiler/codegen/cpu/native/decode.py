@@ -1,8 +1,9 @@
 """A step of one token by a single call, for rows that only read their matrix and keep the token.
 
 Between two chunk borders a decode step is one read of W and one entry of the tail per row: in Python that is
-a loop over rows that costs more than the read of a small W. May be changed here: what is called;
-:mod:`ttt_compiler.codegen.cpu.step` has the same in Python and does all the rest.
+a loop over rows that costs more than the read of a small W. A write that is in progress adds what it has not
+reached yet, and reaches further. May be changed here: what is called; :mod:`ttt_compiler.codegen.cpu.step`
+has the same in Python and does all the rest.
 """
 
 from __future__ import annotations
@@ -12,12 +13,30 @@ from torch import Tensor
 from torch.nn import functional
 
 from ttt_compiler.codegen.cpu import native
-from ttt_compiler.codegen.layout import StateTensors
+from ttt_compiler.codegen.cpu.spread import BLOCK, tokens_ahead
+from ttt_compiler.codegen.layout import StateTensors, factored_limit, spread_tokens
 from ttt_compiler.spec import SiteSpec, state_dtype
 
-_ALL, _SOME, _NEEDS_BASE = range(3)
+_SOME, _NEEDS_BASE, _WORK, _IS_BASE = 1, 2, 4, 8
 # Elements of a matrix from which on more than one thread reads it.
 _MANY = 1 << 16
+
+
+class Step:
+    """What a call has done.
+
+    Attributes:
+        y: ``[B, 1, D]``: filled for the sequences that are done; if ``base_done``, with the product with W0
+            for the others.
+        base_done: whether a row needed the product with W0.
+        rest: sequences that are not done: nothing but ``y`` has changed for them.
+        work: whether a sequence that is done has v to be made, or a write to begin.
+    """
+
+    __slots__ = ("base_done", "rest", "work", "y")
+
+    def __init__(self, y: Tensor, base_done: bool, rest: list[int], work: bool) -> None:
+        self.y, self.base_done, self.rest, self.work = y, base_done, rest, work
 
 
 def decode(
@@ -29,13 +48,11 @@ def decode(
     spec: SiteSpec,
     state: StateTensors,
     batch: Tensor,
-) -> tuple[Tensor | None, bool]:
+) -> Step | None:
     """One token of each sequence, h ``[B, 1, F]`` and t ``[B, 1, Dt]``; see ``fast_weight_step``.
 
     Returns:
-        ``y [B, 1, D]``, filled for rows that only read and keep, and for others with the product with W0 if
-        one row needs that; None where there is no compiler or the operands are not such. And whether no row
-        does more: if so their tokens are kept; else nothing but ``y`` has changed.
+        None, and nothing has changed, where there is no compiler or the operands are not such.
     """
     dtype = h.dtype
     function = native.function("decode", dtype)
@@ -46,36 +63,51 @@ def decode(
         or (bias is not None and (bias.dtype != dtype or not bias.is_contiguous()))
         or not all(x.is_contiguous() for x in (*state, batch))
     ):
-        return None, False
+        return None
     h, t = h.contiguous(), t.contiguous()
     if pos is not None:
         pos = pos.long().contiguous()
-    (members, _, f), d = h.shape, w0.shape[0]
+    (members, _, f), d, (rows, columns) = h.shape, w0.shape[0], state.rows.shape
     y = h.new_empty(members, 1, d)
+    done = bytearray(members)
+    spread = spread_tokens(spec) if state.spreads else 0
     operands = (h.data_ptr(), t.data_ptr())
     rest = (
         None if bias is None else bias.data_ptr(),
+        w0.data_ptr() if w0.stride(1) == 1 else None,
         state.w.data_ptr(),
         state.tail_h.data_ptr(),
         state.tail_t.data_ptr(),
+        state.spread_values(0, spec.chunk).data_ptr() if spread else None,
         state.lanes.data_ptr() if state.lanes.shape[1] else None,
         state.rows.data_ptr(),
         batch.data_ptr(),
         None if pos is None else pos.data_ptr(),
+        native.address(done),
         members,
         1 if pos is None else len(pos),
-        state.rows.shape[0],
+        rows,
+        columns,
         d,
         f,
         t.shape[2],
         spec.chunk,
         state.capacity,
+        w0.stride(0),
+        state.tail_v.stride(0),
+        spread,
+        factored_limit(d, f, members),
+        BLOCK,
+        tokens_ahead(spec),
         torch.get_num_threads() if d * f >= _MANY else 1,
     )
     result = function(*operands, y.data_ptr(), *rest, 0)
-    if result == _NEEDS_BASE:
+    base_done = bool(result & (_NEEDS_BASE | _IS_BASE))
+    if base_done:
         # One read of W0 for all rows, by the base model's own projection: static_apply's product, in one
         # call, since each costs microseconds after a matrix went through the cache.
         y = functional.linear(h, w0, bias)
+    if result & _NEEDS_BASE:
         result = function(*operands, y.data_ptr(), *rest, 1)
-    return y, result == _ALL
+    left = [b for b in range(members) if not done[b]] if result & _SOME else []
+    return Step(y, base_done, left, bool(result & _WORK))

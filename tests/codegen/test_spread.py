@@ -1,0 +1,285 @@
+"""The write of a chunk over many steps: the same numbers as one at once, whenever it is looked at."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from tests.codegen.test_step import KEY, LR, RULES, K, feed, fresh, problem, spec
+from tests.tolerances import assert_within_budget, relative_error
+from ttt_compiler.codegen import reference
+from ttt_compiler.codegen.cpu import native, spread, step
+from ttt_compiler.codegen.cpu.native.few_rows import project_turned
+from ttt_compiler.codegen.layout import (
+    COLUMNS,
+    DONE,
+    LEFT,
+    SKIPPED,
+    VALUES,
+    WRITES,
+    spread_tokens,
+)
+from ttt_compiler.errors import NonFiniteWriteError
+from ttt_compiler.spec import WriteRule
+
+CHUNK = 16
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def decode(state, one, args, start, stop):
+    return torch.cat([feed(state, one, args, i, i + 1) for i in range(start, stop)], 1)
+
+
+def column(state, which):
+    return state.sites[KEY].rows[state.batch, which].tolist()
+
+
+def plain(args, one, dtype):
+    """The reference in ``dtype``, with its running sums as wide as ours."""
+    h, t, w0, conv, proj, bias = (x.to(dtype) for x in args)
+    return reference.chunked(h[0], t[0], w0, conv, proj, LR, one.chunk, None, one.rule)[0] + bias
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("proj", [True, False])
+@pytest.mark.parametrize("shared", [False, True])
+def test_decode_is_the_reference_while_writes_are_in_progress(dtype, proj, shared):
+    one = spec(CHUNK, proj=proj)
+    args = problem(1, 5 * CHUNK, torch.float64, seed=1)
+    narrow = [x.to(dtype) for x in args]
+    if not proj:
+        args[4] = narrow[4] = None
+    state = fresh(one, 1, dtype, shared_lanes=shared, spread=True)
+    got = []
+    in_progress = 0
+    for i in range(5 * CHUNK):
+        got.append(feed(state, one, narrow, i, i + 1))
+        in_progress += column(state, LEFT)[0] > 0
+        assert column(state, WRITES) == [(i + 1) // CHUNK], "a write counts from when it begins"
+    assert in_progress >= 5 * 2, "writes took several steps"
+    exact_args = [None if x is None else x.double() for x in narrow]
+    h, t, w0, conv, p, bias = exact_args
+    exact = reference.chunked(h[0], t[0], w0, conv, p, LR, CHUNK, None, one.rule)[0] + bias
+    there = (
+        reference.chunked(
+            *(narrow[0][0], narrow[1][0], narrow[2], narrow[3], narrow[4], LR, CHUNK, None, one.rule)
+        )[0]
+        + narrow[5]
+    )
+    assert_within_budget(torch.cat(got, 1)[0], there, exact)
+
+
+def test_a_write_takes_as_many_steps_as_the_tail_has_room_for():
+    one, width = spec(CHUNK), 40
+    assert spread_tokens(one) == 6
+    state = fresh(one, 1, spread=True)
+    args = problem(1, 3 * CHUNK)
+    decode(state, one, args, 0, CHUNK)
+    left = [column(state, LEFT)[0]]
+    while left[-1]:
+        decode(state, one, args, CHUNK + len(left) - 1, CHUNK + len(left))
+        left.append(column(state, LEFT)[0])
+    # Columns go in panels of 16.
+    assert left == [width, 24, 8, 0]
+
+
+def test_what_python_has_to_do_is_at_the_border_and_for_each_block(monkeypatch):
+    one, state = spec(CHUNK), fresh(spec(CHUNK), 1, spread=True)
+    entered = []
+    call = step._Call
+    monkeypatch.setattr(step, "_Call", lambda *a: entered.append(i) or call(*a))
+    args = problem(1, 2 * CHUNK)
+    for i in range(2 * CHUNK):
+        feed(state, one, args, i, i + 1)
+    ahead = spread.tokens_ahead(one)
+    assert entered[:2] == [spread.BLOCK + ahead - 1, CHUNK - 1]
+    assert len(entered) == 4
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("after", [0, 1, 2])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_write_that_is_finished_early_is_the_same_write_bit_for_bit(dtype, after, first):
+    one = spec(CHUNK)
+    args = problem(1, 4 * CHUNK, dtype)
+    states = [fresh(one, 1, dtype, spread=True) for _ in range(2)]
+    begin = 0 if first else CHUNK + 7
+    border = (1 if first else 2) * CHUNK
+    for state in states:
+        if begin:
+            feed(state, one, args, 0, begin)
+        decode(state, one, args, begin, border + after)
+    exact = states[0].matrix(KEY, 0, args[2])
+    states[0].finish_writes(lambda _: args[2])
+    assert column(states[0], LEFT) == [0]
+    decode(states[1], one, args, border + after, border + 3)
+    assert column(states[1], LEFT) == [0]
+    w = [s.sites[KEY].w[0] for s in states]
+    assert torch.equal(*w)
+    assert relative_error(exact, w[0]) < {torch.float64: 1e-14}.get(dtype, 1e-6)
+
+
+@pytest.mark.parametrize("late", [0, 3, 15])
+def test_v_does_not_depend_on_when_it_was_made(late):
+    """Tokens of a long call have no v yet: it is made behind it, block by block as ever."""
+    one = spec(CHUNK)
+    args = problem(1, 2 * CHUNK, torch.float32)
+    states = [fresh(one, 1, torch.float32, spread=True) for _ in range(2)]
+    decode(states[0], one, args, 0, CHUNK)
+    if late:
+        feed(states[1], one, args, 0, late)
+    decode(states[1], one, args, late, CHUNK)
+    a, b = (s.sites[KEY].spread_values(0, CHUNK) for s in states)
+    assert torch.equal(a, b)
+    v = LR * reference.target(args[1][0, :CHUNK].double(), args[3].double(), args[4].double())
+    assert relative_error(a.t().double(), v) < 1e-6
+    # Norms of blocks are put together on the way.
+    site = states[0].sites[KEY]
+    bound = float(v.norm() * args[0][0, :CHUNK].double().norm())
+    assert math.isclose(float(site.norms[0, 0]), bound, rel_tol=1e-5)
+
+
+def test_a_changed_adapter_makes_v_anew_but_not_of_what_is_being_written():
+    one = spec(CHUNK)
+    args = problem(1, 3 * CHUNK)
+    other = [*args[:3], args[3] * 2, *args[4:]]
+    state = fresh(one, 1, spread=True)
+    state.follow("one")
+    decode(state, one, args, 0, CHUNK + 1)
+    state.follow("other")
+    assert column(state, LEFT) != [0]
+    decode(state, one, other, CHUNK + 1, 2 * CHUNK - 1)
+    assert column(state, VALUES) == [8]
+    state.follow("third")
+    assert column(state, VALUES) == [0]
+    third = [*args[:3], args[3] * 3, *args[4:]]
+    decode(state, one, third, 2 * CHUNK - 1, 2 * CHUNK)
+    h, t, w0, conv, proj, _ = args
+    w = w0.clone()
+    for i, factor in enumerate((1, 3)):
+        part = slice(i * CHUNK, (i + 1) * CHUNK)
+        w = w + (LR * reference.target(t[0, part], conv * factor, proj)).t() @ h[0, part]
+    assert relative_error(state.matrix(KEY, 0, w0), w) < 1e-12
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["h", "t"])
+@pytest.mark.parametrize("at", [0, 9, CHUNK - 1])
+def test_nan_is_seen_before_anything_is_written(which, at):
+    args = problem(1, 2 * CHUNK)
+    args[which][0, at, 3] = float("nan")
+    one = spec(CHUNK)
+    state = fresh(one, 1, spread=True)
+    decode(state, one, args, 0, CHUNK - 1)
+    with pytest.raises(NonFiniteWriteError):
+        decode(state, one, args, CHUNK - 1, CHUNK)
+    assert column(state, WRITES) == [0]
+    assert column(state, LEFT) == [0]
+
+    one = spec(CHUNK, WriteRule(on_nonfinite="skip"))
+    state = fresh(one, 1, spread=True)
+    y = decode(state, one, args, 0, 2 * CHUNK)
+    assert [column(state, x) for x in (WRITES, SKIPPED, DONE)] == [[1], [1], [2]]
+    assert bool(y[:, CHUNK:].isfinite().all())
+    h, _, w0, *_, bias = args
+    base = torch.nn.functional.linear(h, w0, bias)
+    assert relative_error(y[:, CHUNK:], base[:, CHUNK:]) < 1e-12
+
+
+def test_nothing_is_spread_where_it_cannot_be(monkeypatch):
+    args = problem(1, 3 * CHUNK)
+    for name in ("decay", "unit keys", "norm limit", "ratio limit"):
+        one = spec(CHUNK, RULES[name])
+        assert spread_tokens(one) == 0
+        state = fresh(one, 1, spread=True)
+        assert state.sites[KEY].rows.shape[1] == COLUMNS
+    # A first write whose W0 has no rows in one piece: at once. The next one needs no W0.
+    one, state = spec(CHUNK), fresh(spec(CHUNK), 1, spread=True)
+    strange = [*args[:2], args[2].t().contiguous().t(), *args[3:]]
+    decode(state, one, strange, 0, CHUNK)
+    assert column(state, LEFT) == [0]
+    decode(state, one, strange, CHUNK, 2 * CHUNK)
+    assert column(state, LEFT) != [0]
+    # Tokens that may be taken back.
+    state = fresh(one, 1, spread=True, revocable=3)
+    decode(state, one, args, 0, 2 * CHUNK)
+    assert column(state, LEFT) == [0]
+    # No compiler.
+    monkeypatch.setattr(native, "function", lambda *_: None)
+    state = fresh(one, 1, spread=True)
+    decode(state, one, args, 0, 2 * CHUNK)
+    assert column(state, LEFT) == [0]
+    assert column(state, WRITES) == [2]
+
+
+def test_a_first_write_ends_even_if_w0_changes_its_layout():
+    args = problem(1, 3 * CHUNK)
+    strange = [*args[:2], args[2].t().contiguous().t(), *args[3:]]
+    one = spec(CHUNK)
+    states = [fresh(one, 1, spread=True) for _ in range(2)]
+    for state, then in zip(states, (args, strange), strict=True):
+        decode(state, one, args, 0, CHUNK + 1)
+        decode(state, one, then, CHUNK + 1, CHUNK + 4)
+    a, b = (s.matrix(KEY, 0, args[2]) for s in states)
+    assert relative_error(a, b) < 1e-14
+
+
+def test_lr_zero_and_a_zero_convolution_write_nothing():
+    args = problem(1, 3 * CHUNK)
+    for one, conv in ((dataclasses.replace(spec(CHUNK), lr=0.0), args[3]), (spec(CHUNK), args[3] * 0)):
+        state = fresh(one, 1, spread=True)
+        h, _, w0, *_, bias = args
+        y = decode(state, one, [*args[:3], conv, *args[4:]], 0, 3 * CHUNK)
+        base = torch.cat([torch.nn.functional.linear(h[:, i : i + 1], w0, bias) for i in range(3 * CHUNK)], 1)
+        assert torch.equal(y, base)
+        assert [column(state, x) for x in (DONE, WRITES, LEFT, VALUES)] == [[3], [0], [0], [0]]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_odd_sizes_and_rows_at_different_places(threads):
+    """Widths that no panel divides, large enough for threads; rows whose borders lie elsewhere."""
+    d, f, chunk, batch = 67, 1003, 9, 3
+    one = dataclasses.replace(spec(chunk), d_model=d, d_ff=f, d_target=d)
+    g = torch.Generator().manual_seed(0)
+    sizes = ((batch, 96, f), (batch, 96, d), (d, f), (d, 1, K), (d, d), (d,))
+    args = [torch.randn(s, generator=g, dtype=torch.float64) * 0.1 for s in sizes]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        state = fresh(one, batch, spread=True)
+        pos = torch.ones(batch, 96, dtype=torch.int64)
+        pos[0, 20] = pos[1, 25] = 0
+        pos[2, 5:9] = -1
+        ys, seen = [], 0
+        for i in range(96):
+            ys.append(feed(state, one, args, i, i + 1, pos))
+            seen += sum(x > 0 for x in column(state, LEFT))
+        assert seen > 20
+        y = torch.cat(ys, 1)
+    finally:
+        torch.set_num_threads(before)
+    h, t, w0, conv, proj, bias = args
+    keep = torch.ones(96, dtype=torch.bool)
+    keep[5:9] = False
+    documents = [(0, range(20)), (0, range(20, 96)), (1, range(25)), (1, range(25, 96))]
+    documents.append((2, keep.nonzero().flatten().tolist()))
+    for b, places in documents:
+        index = torch.tensor(list(places))
+        exact = reference.chunked(h[b, index], t[b, index], w0, conv, proj, LR, chunk, None, one.rule)[0]
+        assert relative_error(y[b, index], exact + bias) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "depth", "width"), [(1, 1, 2), (8, 16, 16), (8, 24, 33), (11, 65, 130)])
+def test_few_rows_times_a_matrix(dtype, rows, depth, width):
+    x, p = torch.randn(rows, depth).to(dtype), torch.randn(depth, width).to(dtype)
+    held = torch.full((width, rows + 3), float("nan"), dtype=dtype)
+    out = held[:, 2 : 2 + rows]
+    assert project_turned(x, p, out)
+    exact = (x.double() @ p.double()).t()
+    assert_within_budget(out, (x @ p).t(), exact)
+    assert held[:, 0].isnan().all()
+    assert held[:, -1].isnan().all()
+    assert not project_turned(x, torch.stack([p, p], 2)[:, :, 0], out)

@@ -1,0 +1,152 @@
+"""The write of a chunk over many steps of one token, so that none of them waits for it.
+
+When the last token of a chunk arrives, v of its last tokens is made, and the write begins: each following
+step reads the chunk's tokens in factored form where the write has not come to yet, and writes as many columns
+of W as bring it to its end after S steps (:func:`~ttt_compiler.codegen.layout.spread_tokens`). v is made
+while the chunk fills, in blocks of tokens whose following tokens are there. Blocks always begin at a multiple
+of ``BLOCK``, so v does not depend on when it was made, bit for bit; nor does W on when its columns were
+written. May be changed here: the size of a block. The steps themselves are in C++ (``native/spread.cpp``),
+and so a write is spread only where there is a compiler.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ttt_compiler.codegen.cpu import native
+from ttt_compiler.codegen.cpu.native.squares import norm
+from ttt_compiler.codegen.cpu.slots import RowMatrix
+from ttt_compiler.codegen.cpu.tail import RowTail
+from ttt_compiler.codegen.layout import (
+    DONE,
+    LEFT,
+    OF_H,
+    OF_V,
+    SEEN,
+    SLOT,
+    VALUES,
+    WRITES,
+    StateTensors,
+    live_start,
+)
+from ttt_compiler.spec import SiteSpec
+
+# Tokens whose v is made at once: P is read once for them, which is most of what it costs.
+BLOCK = 8
+
+
+def tokens_ahead(spec: SiteSpec) -> int:
+    """How many tokens behind its own v of a token sees."""
+    return spec.conv_kernel - 1 - spec.conv_kernel // 2
+
+
+class Spread:
+    """The write of one row that is spread, or will be.
+
+    Args:
+        table: ``rows`` as Python ints; changed here, written back by the caller.
+        row: which of them.
+        state: the site's tensors.
+        spec: the site's constants.
+    """
+
+    def __init__(self, table: list[list[int]], row: int, state: StateTensors, spec: SiteSpec) -> None:
+        self.row, self.me = row, table[row]
+        self.state, self.spec, self.chunk = state, spec, spec.chunk
+        self.tail = RowTail(table, row, state, spec.chunk)
+
+    @property
+    def values(self) -> Tensor:
+        """v of the chunk, ``[D, C]``."""
+        return self.state.spread_values(self.row, self.chunk)
+
+    def make_values(self, make: Callable[[Tensor, slice, Tensor], None], blocks: int) -> None:
+        """v of the next ``blocks`` blocks of the incomplete or just completed chunk, of as many as there are.
+
+        Args:
+            make: takes consecutive rows of t, which of them, and where their v belongs.
+            blocks: at most so many.
+        """
+        me, sums, ahead = self.me, self.state.norms[self.row], tokens_ahead(self.spec)
+        start = me[DONE] * self.chunk
+        there = me[SEEN] - start
+        for _ in range(blocks):
+            first = me[VALUES]
+            stop = min(first + BLOCK, self.chunk)
+            if first == self.chunk or min(stop + ahead, self.chunk) > there:
+                return
+            low, high = max(0, first - self.spec.conv_kernel // 2), min(stop + ahead, self.chunk)
+            h, t = self.tail.read(start + low, high - low)
+            rows = slice(first - low, stop - low)
+            make(t, rows, self.values[:, first:stop])
+            of_v, of_h = (sums[OF_V:].tolist()) if first else (0.0, 0.0)
+            sums[OF_V] = math.hypot(of_v, norm(self.values[:, first:stop]))
+            sums[OF_H] = math.hypot(of_h, norm(h[rows]))
+            me[VALUES] = stop
+
+    def norms(self) -> tuple[float, float]:
+        """Of v and h of the just completed chunk; one is not finite where a number is not."""
+        of_v, of_h = self.state.norms[self.row, OF_V:].tolist()
+        return of_v, of_h
+
+    def begin(self) -> None:
+        """The chunk counts as written; its columns follow. The slot is this row's own."""
+        self.me[DONE] += 1
+        self.me[WRITES] += 1
+        self.me[LEFT] = self.spec.d_ff
+        self.me[VALUES] = 0
+
+    def finish(self, w0: Tensor) -> None:
+        """Write the columns that are left, as the steps would have. The slot is this row's own."""
+        me, state = self.me, self.state
+        if not me[LEFT]:
+            return
+        function = native.function("spread", state.tail_h.dtype)
+        assert function is not None, "a write began in C++"
+        base = None
+        if me[WRITES] == 1:
+            base = w0.detach().to(state.tail_h.dtype)
+            base = base if base.stride(1) == 1 else base.contiguous()
+        d, f = state.w.shape[1:]
+        function(
+            state.w[me[SLOT]].data_ptr(),
+            None if base is None else base.data_ptr(),
+            self.values.data_ptr(),
+            state.tail_h.data_ptr(),
+            state.lanes[self.row].data_ptr() if self.tail.shared else None,
+            0 if base is None else base.stride(0),
+            self.row,
+            state.capacity,
+            f,
+            d,
+            (me[DONE] - 1) * self.chunk,
+            self.chunk,
+            f - me[LEFT],
+            me[LEFT],
+            torch.get_num_threads(),
+        )
+        me[LEFT] = 0
+
+
+def finish_write(table: list[list[int]], row: int, state: StateTensors, spec: SiteSpec, w0: Tensor) -> None:
+    """A row's write that is in progress, if there is one, comes to its end; w0 ``[D, F]``."""
+    if not table[row][LEFT]:
+        return
+    stored = state.tail_h.dtype
+    RowMatrix(table, row, state.w, w0, stored, stored).own_slot()
+    Spread(table, row, state, spec).finish(w0)
+
+
+def spread_matrix(state: StateTensors, row: int, spec: SiteSpec, w0: Tensor) -> Tensor:
+    """W ``[D, F]`` of a row whose write is in progress, as it will be; a new tensor. w0 in W's dtype."""
+    me = state.rows[row].tolist()
+    w, first = state.w[me[SLOT]].clone(), spec.d_ff - me[LEFT]
+    if me[WRITES] == 1:
+        w[:, first:] = w0[:, first:]
+    h, _ = RowTail([me] * (row + 1), row, state, spec.chunk).read(live_start(me, spec.chunk), spec.chunk)
+    w[:, first:].addmm_(state.spread_values(row, spec.chunk).to(w.dtype), h.to(w.dtype)[:, first:])
+    return w
