@@ -25,6 +25,7 @@ import ttt_compiler as ttt
 from tests import models
 from tests.runtime.generation import compiled, fast, run
 from tests.tolerances import SEGMENTATION, relative_error
+from ttt_compiler.architectures.tiny import build
 from ttt_compiler.compat import cache_names
 from ttt_compiler.compat.cache_names import NEW, OLD, installed_name, own_name, under
 from ttt_compiler.errors import CacheError
@@ -95,6 +96,18 @@ def test_what_is_no_cache_is_refused(model, value):
     for name in (OLD, installed_name()):
         with pytest.raises(CacheError, match="cannot carry fast weights"):
             model(models.ids(1, 5), **{name: value})
+
+
+def test_a_model_that_takes_no_cache_refuses_one():
+    """It swallowed it: a session that was read in pieces was wrong, and nobody said so."""
+    model = models.randomize(ttt.convert(build("openai-gpt"), ttt.TTTConfig(layers="all", chunk_size=4)))
+    model.compile(backend="inplace_ttt_eager", dynamic=True)
+    ids = models.ids(1, 9)
+    for name in (OLD, NEW):
+        with pytest.raises(CacheError, match="takes no cache"):
+            model(ids, **{name: ttt.Session(model).cache})
+    whole = model(ids).logits
+    assert torch.equal(model.generate(ids, max_new_tokens=1, do_sample=False)[:, -1], whole[:, -1].argmax(-1))
 
 
 def test_a_model_that_would_swallow_it_refuses_it():

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ttt_compiler.codegen.ops import require_kernels
 from ttt_compiler.compat import forget_compiled_call, inner_tensor, known_parameters
-from ttt_compiler.compat.cache_names import OLD, own_name, unusual_cache
+from ttt_compiler.compat.cache_names import OLD, own_name, takes_cache, unusual_cache
 from ttt_compiler.compat.looped_layers import complete
 from ttt_compiler.config import TTTConfig
 from ttt_compiler.discover import Discovery, FoundMLP, Inputs, discover
@@ -137,6 +137,7 @@ def convert(
             keeps=found.keeps,
             make_cache=make_cache,
             cache_name=OLD if make_cache is None else own_name(_plain_forward(model)),
+            takes_cache=make_cache is None or takes_cache(_plain_forward(model)),
             unusual_cache=unusual_cache(model, _plain_forward(model)),
         ),
     )

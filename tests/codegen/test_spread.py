@@ -12,7 +12,7 @@ from tests.codegen.test_step import KEY, LR, RULES, K, feed, fresh, problem, spe
 from tests.tolerances import assert_within_budget, relative_error
 from ttt_compiler.codegen import reference
 from ttt_compiler.codegen.cpu import native, spread, step
-from ttt_compiler.codegen.cpu.native.few_rows import project_turned
+from ttt_compiler.codegen.cpu.native.values import values_of
 from ttt_compiler.codegen.layout import (
     COLUMNS,
     DONE,
@@ -272,14 +272,26 @@ def test_threads_odd_sizes_and_rows_at_different_places(threads):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "depth", "width"), [(1, 1, 2), (8, 16, 16), (8, 24, 33), (11, 65, 130)])
-def test_few_rows_times_a_matrix(dtype, rows, depth, width):
-    x, p = torch.randn(rows, depth).to(dtype), torch.randn(depth, width).to(dtype)
-    held = torch.full((width, rows + 3), float("nan"), dtype=dtype)
-    out = held[:, 2 : 2 + rows]
-    assert project_turned(x, p, out)
-    exact = (x.double() @ p.double()).t()
-    assert_within_budget(out, (x @ p).t(), exact)
-    assert held[:, 0].isnan().all()
-    assert held[:, -1].isnan().all()
-    assert not project_turned(x, torch.stack([p, p], 2)[:, :, 0], out)
+@pytest.mark.parametrize("kernel", [1, 4, 5, 9])
+@pytest.mark.parametrize(("count", "depth", "width"), [(1, 1, 2), (8, 16, 16), (8, 24, 33), (11, 65, 130)])
+def test_v_of_a_few_tokens(dtype, kernel, count, depth, width):
+    rows, first = count + 6, 2
+    t, h = torch.randn(rows, depth).to(dtype), torch.randn(count, 7).to(dtype)
+    conv, proj = torch.randn(depth, 1, kernel).to(dtype), torch.randn(depth, width).to(dtype)
+    for p in (proj, torch.stack([proj, proj], 2)[:, :, 0], None):
+        held = torch.full((depth if p is None else width, count + 3), float("nan"), dtype=dtype)
+        out = held[:, 2 : 2 + count]
+        norms = values_of(t, h, first, conv, p, 0.5, out)
+        ours, plain, exact = (
+            out,
+            *(
+                reference.target(*(None if x is None else x.to(wide) for x in (t, 0.5 * conv, p)))
+                for wide in (dtype, torch.float64)
+            ),
+        )
+        some = slice(first, first + count)
+        assert_within_budget(ours, plain[some].t(), exact[some].t())
+        assert held[:, :2].isnan().all()
+        assert held[:, -1].isnan().all()
+        for norm, x in zip(norms, (out, h), strict=True):
+            assert math.isclose(norm, float(x.double().norm()), rel_tol=1e-6)

@@ -38,6 +38,12 @@ def own_name(forward: Callable[..., Any]) -> str:
     return next((name for name in names if name in parameters), installed_name())
 
 
+def takes_cache(forward: Callable[..., Any]) -> bool:
+    """Whether ``forward`` names a cache; openai-gpt swallows one in its ``**kwargs`` and never reads it."""
+    parameters = inspect.signature(forward).parameters
+    return any(name in parameters for name in (OLD, NEW, *_OTHERS))
+
+
 def unusual_cache(model: Any, forward: Callable[..., Any]) -> str | None:
     """The argument in which a model keeps what it has read, where that is no cache of the usual kind.
 

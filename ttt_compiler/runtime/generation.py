@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ttt_compiler.compat.cache_names import cache_in, installed_name, returned_cache, under
+from ttt_compiler.compat.cache_names import NEW, OLD, cache_in, installed_name, returned_cache, under
 from ttt_compiler.errors import CacheError
 from ttt_compiler.runtime.cache import RECORDS, cached_tokens, record_past
 
@@ -62,6 +62,11 @@ def require_carriable(root: Root, args: tuple[Any, ...], kwargs: Mapping[str, An
         raise CacheError(
             f"{root.cache_name}= is a {type(given).__name__}, which cannot carry fast weights. Pass a "
             "transformers DynamicCache, or ttt.Session(model).cache"
+        )
+    if cache is not None and not root.takes_cache:
+        raise CacheError(
+            "this model takes no cache: it would forget what earlier calls have read, and its fast weights "
+            "would not. Leave the cache out (generate does): every call then reads the whole sequence"
         )
     if getattr(cache, "offloading", False):
         raise CacheError(
@@ -126,9 +131,16 @@ def _saying_what_is_assisted(inner: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(inner)
     def prepare_cache(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        from ttt_compiler.runtime.root import require_root
+
         given = inspect.signature(inner).bind(self, *args, **kwargs).arguments
         _refuse_early_exit(self, given.get("generation_config"))
+        user = cache_in(given["model_kwargs"])
         out = inner(self, *args, **kwargs)
+        if user is None and not require_root(self)[1].takes_cache:
+            # One is made for every model, and passed with the whole sequence to those that take none.
+            for name in (OLD, NEW):
+                given["model_kwargs"].pop(name, None)
         cache = cache_in(given["model_kwargs"])
         if cache is not None:
             config, mode = given.get("generation_config"), given.get("generation_mode")

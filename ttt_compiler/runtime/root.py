@@ -82,6 +82,7 @@ class Root:
         keeps: an attribute in which the model itself keeps what it has read, outside of any cache.
         make_cache: builds an empty key/value cache, or None for models without one.
         cache_name: under which the forward of a model of transformers takes its cache.
+        takes_cache: whether the forward of a model of transformers takes a cache at all.
         unusual_cache: the argument in which the model keeps what it has read, if that is of another kind.
     """
 
@@ -95,6 +96,7 @@ class Root:
     keeps: str | None = None
     make_cache: Callable[[], Any] | None = field(default=None, repr=False)
     cache_name: str = OLD
+    takes_cache: bool = True
     unusual_cache: str | None = None
     forward: Callable[..., Any] | None = field(default=None, repr=False)
     token: str = field(default_factory=lambda: uuid.uuid4().hex)

@@ -12,19 +12,17 @@ and so a write is spread only where there is a compiler.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ttt_compiler.codegen.cpu import native
-from ttt_compiler.codegen.cpu.native.squares import norm
+from ttt_compiler.codegen.cpu.native.values import values_of
 from ttt_compiler.codegen.cpu.slots import RowMatrix
 from ttt_compiler.codegen.cpu.tail import RowTail
 from ttt_compiler.codegen.layout import (
     DONE,
     LEFT,
-    OF_H,
     OF_V,
     SEEN,
     SLOT,
@@ -64,12 +62,10 @@ class Spread:
         """v of the chunk, ``[D, C]``."""
         return self.state.spread_values(self.row, self.chunk)
 
-    def make_values(self, make: Callable[[Tensor, slice, Tensor], None], blocks: int) -> None:
+    def make_values(self, conv: Tensor, proj: Tensor | None, blocks: int) -> None:
         """v of the next ``blocks`` blocks of the incomplete or just completed chunk, of as many as there are.
 
-        Args:
-            make: takes consecutive rows of t, which of them, and where their v belongs.
-            blocks: at most so many.
+        conv ``[Dt, 1, K]``, proj ``[Dt, D]`` or None.
         """
         me, sums, ahead = self.me, self.state.norms[self.row], tokens_ahead(self.spec)
         start = me[DONE] * self.chunk
@@ -81,11 +77,12 @@ class Spread:
                 return
             low, high = max(0, first - self.spec.conv_kernel // 2), min(stop + ahead, self.chunk)
             h, t = self.tail.read(start + low, high - low)
-            rows = slice(first - low, stop - low)
-            make(t, rows, self.values[:, first:stop])
-            of_v, of_h = (sums[OF_V:].tolist()) if first else (0.0, 0.0)
-            sums[OF_V] = math.hypot(of_v, norm(self.values[:, first:stop]))
-            sums[OF_H] = math.hypot(of_h, norm(h[rows]))
+            norms = values_of(
+                *(t, h[first - low : stop - low], first - low, conv, proj),
+                *(self.spec.write_scale, self.values[:, first:stop]),
+            )
+            so_far = sums[OF_V:].tolist() if first else (0.0, 0.0)
+            sums[OF_V:] = torch.tensor([math.hypot(*x) for x in zip(so_far, norms, strict=True)])
             me[VALUES] = stop
 
     def norms(self) -> tuple[float, float]:

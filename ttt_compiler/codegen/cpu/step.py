@@ -19,7 +19,6 @@ from ttt_compiler.codegen.cpu.controls import limited
 from ttt_compiler.codegen.cpu.conv import convolve
 from ttt_compiler.codegen.cpu.gemm import project, static_apply, workspace
 from ttt_compiler.codegen.cpu.native.decode import decode
-from ttt_compiler.codegen.cpu.native.few_rows import project_turned
 from ttt_compiler.codegen.cpu.native.squares import norm as frobenius
 from ttt_compiler.codegen.cpu.slots import RowMatrix, add_factored
 from ttt_compiler.codegen.cpu.spread import BLOCK, Spread
@@ -152,28 +151,15 @@ class _Call:
             self._limit = write_limit(self.w0, self.spec.rule)
         return self._limit
 
-    def convolved(self, t: Tensor, name: str) -> Tensor:
-        """The convolution along tokens t ``[m, Dt]`` of one chunk, times eta, in a workspace."""
-        out = workspace(name, tuple(t.shape), t.dtype)
-        # eta belongs to the taps: there it costs K multiplications a channel.
-        convolve(t, self.conv[:, 0].t() * self.spec.write_scale, out)
-        return out
-
     def values(self, t: Tensor) -> Tensor:
         """v of a complete chunk, in a workspace. t ``[C, Dt]``."""
-        v = self.convolved(t, "step.conv")
+        v = workspace("step.conv", tuple(t.shape), t.dtype)
+        # eta belongs to the taps: there it costs K multiplications a channel.
+        convolve(t, self.conv[:, 0].t() * self.spec.write_scale, v)
         if self.proj is None:
             return v
         out = workspace("step.v", (t.shape[0], self.spec.d_model), t.dtype)
         return project(v, self.proj, out, "step.proj")
-
-    def turned_values(self, t: Tensor, rows: slice, out: Tensor) -> None:
-        """v of some rows of a part of a chunk, t ``[m, Dt]``, into out ``[D, rows]``."""
-        u = self.convolved(t, "step.part")[rows]
-        if self.proj is None:
-            out.copy_(u.t())
-        elif not project_turned(u, self.proj, out):
-            out.copy_((u @ self.proj).t())
 
 
 class _Row:
@@ -216,7 +202,7 @@ class _Row:
         if call.still:
             counts[DONE] += complete
             return
-        self.spread.make_values(call.turned_values, blocks=self.chunk if complete else 1)
+        self.spread.make_values(call.conv, call.proj, blocks=self.chunk if complete else 1)
         if complete:
             norms = self.spread.norms()
             if self._is_finite(*norms):

@@ -23,7 +23,7 @@ NAMES = {
     torch.bfloat16: "bfloat16",
     torch.float16: "float16",
 }
-_FILES = ("numbers", "conv", "dots", "few_rows", "spread", "decode", "squares", "blocks", "products")
+_FILES = ("numbers", "conv", "dots", "values", "spread", "decode", "squares", "blocks", "products")
 _INT, _SIZE, _POINTER, _FLOAT = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
 # Per function of one dtype: what it takes, what it returns, and the dtypes that there are.
 _SIGNATURES: dict[str, tuple[list[Any], Any, tuple[str, ...]]] = {
@@ -31,7 +31,7 @@ _SIGNATURES: dict[str, tuple[list[Any], Any, tuple[str, ...]]] = {
     "taps": ([_POINTER] * 3 + [_SIZE] * 4 + [_INT], None, tuple(NAMES.values())),
     "decode": ([_POINTER] * 14 + [_SIZE] * 15 + [_INT] * 2, _INT, tuple(NAMES.values())),
     "spread": ([_POINTER] * 5 + [_SIZE] * 9 + [_INT], None, tuple(NAMES.values())),
-    "few_rows": ([_POINTER] * 3 + [_SIZE] * 4 + [_INT], None, tuple(NAMES.values())),
+    "values": ([_POINTER] * 6 + [_SIZE] * 8 + [ctypes.c_double, _INT], None, tuple(NAMES.values())),
     "squares": ([_POINTER, _SIZE, _INT], ctypes.c_double, tuple(NAMES.values())),
     "blocks": ([_POINTER] * 7 + [_SIZE] * 3 + [_INT] * 3, _INT, ("float32", "bfloat16")),
     "wideblocks": ([_POINTER] * 7 + [_SIZE] * 3 + [_INT] * 3, _INT, ("bfloat16", "float16")),
