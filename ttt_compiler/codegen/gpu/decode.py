@@ -104,8 +104,10 @@ def _read(
     need = plan[:, NEED_BASE].contiguous()
     # 256 bytes of a row at a time, by four programs a processor: with fewer, memory waits for them.
     depth = inner // 2 if small else 256 // h.dtype.itemsize
-    edge = outer if small else 32
-    parts = shares if small else max(1, min(8, 528 * edge // w0.shape[0]))
+    # Products of fp32 would spill there.
+    wide = not small and h.dtype.itemsize == 2
+    edge = 32 if wide else outer
+    parts = max(1, min(8, 528 * edge // w0.shape[0])) if wide else shares
     base = base_apply(h, w0, need, tokens=tokens, outer=edge, inner=depth, shares=parts)
     return decode_read(
         h, base, bias, state, plan, chunk, decay=decay, shares=shares, outer=outer, inner=inner, tokens=16
