@@ -38,3 +38,4 @@ def gpu(session: nox.Session) -> None:
     """On a machine with a CUDA device: is it right there, and how fast."""
     session.run("python", "-m", "pytest", "tests/gpu", env={"TRITON_INTERPRET": "0"})
     session.run("python", "-m", "bench.gpu", *session.posargs, env={"TRITON_INTERPRET": "0"})
+    session.run("python", "-m", "bench.gpu_parts", env={"TRITON_INTERPRET": "0"})

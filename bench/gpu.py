@@ -1,6 +1,7 @@
 """One fast-weight layer on a GPU, forward and training: correctness, then time against everything else.
 
     python -m bench.gpu                      # what `nox -s gpu` runs after the tests on the device
+    python -m bench.gpu --shape 2560,9728,8192,512 --rounds 5
     python -m bench.gpu --device cpu --quick # the same code on a processor, to see that it works
 
 Competitors, interleaved in one process: the static projection; the official training form (all chunks'
@@ -241,6 +242,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--shape", action="append", help="D,F,T,C instead of the usual ones")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, few rounds")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the record")
     a = parser.parse_args()
@@ -248,7 +250,8 @@ def main() -> None:
     torch.manual_seed(0)
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     layers = []
-    for shape in QUICK if a.quick else SHAPES:
+    given = [tuple(int(n) for n in shape.split(",")) for shape in a.shape or ()]
+    for shape in given or (QUICK if a.quick else SHAPES):
         layers.append(one_layer(shape, getattr(torch, a.dtype), device, 3 if a.quick else a.rounds))
         x = layers[-1]
         print(f"\nD={x['D']} F={x['F']} T={x['T']} C={x['C']} {a.dtype}, errors {x['errors']}")

@@ -102,9 +102,13 @@ def _read(
     # A narrow output alone would leave most of the device idle.
     shares = 2 if small else max(1, 264 * outer // w0.shape[0])
     need = plan[:, NEED_BASE].contiguous()
-    # 256 bytes of a row at a time.
+    # 256 bytes of a row at a time, by four programs a processor: with fewer, memory waits for them.
     depth = inner // 2 if small else 256 // h.dtype.itemsize
-    base = base_apply(h, w0, need, tokens=tokens, outer=outer, inner=depth, shares=shares)
+    # Products of fp32 would spill there.
+    wide = not small and h.dtype.itemsize == 2
+    edge = 32 if wide else outer
+    parts = max(1, min(8, 528 * edge // w0.shape[0])) if wide else shares
+    base = base_apply(h, w0, need, tokens=tokens, outer=edge, inner=depth, shares=parts)
     return decode_read(
         h, base, bias, state, plan, chunk, decay=decay, shares=shares, outer=outer, inner=inner, tokens=16
     )

@@ -68,10 +68,10 @@ SHIPPED: dict[str, dict[int, dict[str, tuple[Tile, ...]]]] = {
     },
     "sm_90": {
         2: {
-            SCAN: (Tile(64, 64, 256, 8, 2), Tile(64, 128, 64, 8, 2), Tile(64, 64, 128, 8, 3)),
+            SCAN: (Tile(64, 64, 256, 8, 3), Tile(64, 64, 128, 8, 3)),
             DECAY: (Tile(64, 64, 128, 8, 3),),
             GRADIENT: (Tile(64, 64, 128, 8, 3),),
-            RUNNING: (Tile(64, 64, 256, 8, 2), Tile(64, 128, 64, 8, 2), Tile(64, 64, 128, 8, 3)),
+            RUNNING: (Tile(64, 64, 256, 8, 3), Tile(64, 64, 128, 8, 3)),
         },
         4: _everywhere(Tile(16, 16, 32, 4, 1)),
     },
