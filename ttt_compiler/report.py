@@ -33,7 +33,7 @@ from ttt_compiler.model_cost import ModelShape, Sites, decode, prefill, training
 from ttt_compiler.passes.dataflow import Dataflow
 from ttt_compiler.report_text import mebibytes, table, wrapped
 from ttt_compiler.runtime.root import Root, unwrap
-from ttt_compiler.runtime.tables import bytes_per_sequence
+from ttt_compiler.runtime.tables import bytes_per_sequence, has_room_to_spread
 from ttt_compiler.spec import SiteSpec
 
 LEFT_OUT = "left out by layers="
@@ -291,7 +291,7 @@ def _with_costs(report: Report, model: nn.Module, specs: Sequence[SiteSpec], pro
         return dataclasses.replace(
             report,
             parameters_added=sum(s.parameters_added for s in specs),
-            state_bytes=bytes_per_sequence(specs, dtype),
+            state_bytes=bytes_per_sequence(specs, dtype, spread=has_room_to_spread(weight.device, 0)),
             flops_overhead_percent=overhead_percent(specs, linear_parameters(model)),
             lowering=lowering_name(specs[0], weight.device, dtype),
             predicted=_predicted(model, specs, weight.device, dtype),

@@ -94,9 +94,65 @@ def test_what_python_has_to_do_is_at_the_border_and_for_each_block(monkeypatch):
     args = problem(1, 2 * CHUNK)
     for i in range(2 * CHUNK):
         feed(state, one, args, i, i + 1)
-    ahead = spread.tokens_ahead(one)
-    assert entered[:2] == [spread.BLOCK + ahead - 1, CHUNK - 1]
-    assert len(entered) == 4
+    # Four units of 4 tokens a chunk: each once its tokens are followed by two more, the last at the end.
+    assert spread.units(CHUNK) == 4
+    assert len(entered) == 8
+    assert entered[0] + 1 >= 6
+    assert entered[3] == CHUNK - 1
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 8, 9, 31, 32, 40, 63, 64, 65, 96, 100, 512])
+def test_units_cover_a_chunk_once(chunk):
+    made = torch.zeros(10, chunk, dtype=torch.int64)
+    ends = []
+    for index in range(spread.units(chunk)):
+        (first, stop), (low, high) = spread.unit(index, chunk, 10)
+        made[low:high, first:stop] += 1
+        ends.append(stop)
+    assert bool((made == 1).all())
+    assert ends == sorted(ends)
+    assert ends[-1] - spread.unit(len(ends) - 1, chunk, 10)[0][0] <= 4
+
+
+@pytest.mark.parametrize(("chunk", "late"), [(100, 0), (100, 60), (100, 95), (64, 63), (96, 90)])
+def test_v_is_made_at_an_even_pace(chunk, late, monkeypatch):
+    """Also behind a long call that ends near the border: it makes itself what there would be no time for."""
+    one, args = spec(chunk), problem(1, 2 * chunk)
+    state = fresh(one, 1, spread=True)
+    made = []
+    values_of = spread.values_of
+    monkeypatch.setattr(spread, "values_of", lambda *a: made.append(1) or values_of(*a))
+    begin = chunk // 2 + late // 2 if late else 0
+    if late:
+        feed(state, one, args, 0, late)
+        begin = late
+        made.clear()
+    per_step = []
+    for i in range(begin, chunk):
+        feed(state, one, args, i, i + 1)
+        per_step.append(len(made))
+        made.clear()
+    assert column(state, LEFT) == [40]
+    assert max(per_step) <= 2
+    v = LR * reference.target(args[1][0, :chunk], args[3], args[4])
+    assert relative_error(state.sites[KEY].spread_values(0, chunk).t(), v) < 1e-12
+
+
+def test_rows_of_a_batch_make_v_in_turn(monkeypatch):
+    one, batch = spec(96), 4
+    state = fresh(one, batch, spread=True)
+    made = []
+    values_of = spread.values_of
+    monkeypatch.setattr(spread, "values_of", lambda *a: made.append(1) or values_of(*a))
+    args = problem(batch, 96)
+    most = 0
+    for i in range(96):
+        feed(state, one, args, i, i + 1)
+        if i < 88:
+            most = max(most, len(made))
+        made.clear()
+    assert column(state, LEFT) == [40] * batch
+    assert most < batch
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -152,7 +208,7 @@ def test_a_changed_adapter_makes_v_anew_but_not_of_what_is_being_written():
     state.follow("other")
     assert column(state, LEFT) != [0]
     decode(state, one, other, CHUNK + 1, 2 * CHUNK - 1)
-    assert column(state, VALUES) == [8]
+    assert column(state, VALUES) == [3]
     state.follow("third")
     assert column(state, VALUES) == [0]
     third = [*args[:3], args[3] * 3, *args[4:]]
@@ -226,6 +282,68 @@ def test_a_first_write_ends_even_if_w0_changes_its_layout():
     assert relative_error(a, b) < 1e-14
 
 
+def test_a_write_that_began_elsewhere_ends_without_a_compiler(monkeypatch):
+    """A session's file may come from a machine that has one."""
+    args, one = problem(1, 3 * CHUNK), spec(CHUNK)
+    for border in (CHUNK, 2 * CHUNK):
+        states = [fresh(one, 1, spread=True) for _ in range(2)]
+        for state in states:
+            feed(state, one, args, 0, border - CHUNK)
+            decode(state, one, args, border - CHUNK, border + 1)
+            assert column(state, LEFT) == [24]
+        with monkeypatch.context() as patch:
+            patch.setattr(native, "function", lambda *_: None)
+            feed(states[0], one, args, border + 1, border + 3)
+        feed(states[1], one, args, border + 1, border + 3)
+        assert column(states[0], LEFT) == [0]
+        a, b = (s.sites[KEY].w[0] for s in states)
+        assert relative_error(a, b) < 1e-14
+
+
+def test_norms_do_not_depend_on_the_default_dtype():
+    args, one = problem(1, 2 * CHUNK), spec(CHUNK)
+    args[0] *= 1e5
+    states = [fresh(one, 1, spread=True) for _ in range(2)]
+    decode(states[0], one, args, 0, CHUNK)
+    torch.set_default_dtype(torch.float16)
+    try:
+        decode(states[1], one, args, 0, CHUNK)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(*(s.sites[KEY].norms for s in states))
+
+
+def test_no_rows_at_all():
+    state = fresh(spec(CHUNK), 2, spread=True)
+    state.batch = state.batch[:0]
+    args = problem(0, 1)
+    assert feed(state, spec(CHUNK), args, 0, 1).shape == (0, 1, 24)
+
+
+def test_beams_make_no_v_ahead(monkeypatch):
+    """They change places at every token, and v stands where a row stood."""
+    one, args = spec(CHUNK), problem(2, 3 * CHUNK)
+    state = fresh(one, 2, spread=True, shared_lanes=True)
+    made = []
+    values_of = spread.values_of
+    monkeypatch.setattr(spread, "values_of", lambda *a: made.append(1) or values_of(*a))
+    rows = [[], []]
+    for i in range(3 * CHUNK):
+        feed(state, one, args, i, i + 1)
+        rows = [[*r, b] for b, r in enumerate(rows)]
+        order = torch.tensor([1, 0]) if i % 2 else torch.tensor([0, 0])
+        state.select(order)
+        rows = [rows[j] for j in order.tolist()]
+    assert not made
+    assert column(state, WRITES) == [3, 3]
+    h, t, w0, conv, proj, _ = args
+    for b, past in enumerate(rows):
+        index = torch.arange(3 * CHUNK)
+        keys, targets = (x[torch.tensor(past), index] for x in (h, t))
+        w = reference.chunked(keys, targets, w0, conv, proj, LR, CHUNK, None, one.rule)[1]
+        assert relative_error(state.matrix(KEY, b, w0), w) < 1e-12
+
+
 def test_lr_zero_and_a_zero_convolution_write_nothing():
     args = problem(1, 3 * CHUNK)
     for one, conv in ((dataclasses.replace(spec(CHUNK), lr=0.0), args[3]), (spec(CHUNK), args[3] * 0)):
@@ -234,7 +352,8 @@ def test_lr_zero_and_a_zero_convolution_write_nothing():
         y = decode(state, one, [*args[:3], conv, *args[4:]], 0, 3 * CHUNK)
         base = torch.cat([torch.nn.functional.linear(h[:, i : i + 1], w0, bias) for i in range(3 * CHUNK)], 1)
         assert torch.equal(y, base)
-        assert [column(state, x) for x in (DONE, WRITES, LEFT, VALUES)] == [[3], [0], [0], [0]]
+        assert [column(state, x) for x in (DONE, WRITES)] == [[3], [0]]
+        assert state.sites[KEY].spreads == (one.lr != 0)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -273,7 +392,7 @@ def test_threads_odd_sizes_and_rows_at_different_places(threads):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kernel", [1, 4, 5, 9])
-@pytest.mark.parametrize(("count", "depth", "width"), [(1, 1, 2), (8, 16, 16), (8, 24, 33), (11, 65, 130)])
+@pytest.mark.parametrize(("count", "depth", "width"), [(1, 2, 2), (4, 33, 50), (4, 16, 16), (8, 16, 16), (8, 24, 33), (11, 65, 130)])
 def test_v_of_a_few_tokens(dtype, kernel, count, depth, width):
     rows, first = count + 6, 2
     t, h = torch.randn(rows, depth).to(dtype), torch.randn(count, 7).to(dtype)
@@ -281,7 +400,10 @@ def test_v_of_a_few_tokens(dtype, kernel, count, depth, width):
     for p in (proj, torch.stack([proj, proj], 2)[:, :, 0], None):
         held = torch.full((depth if p is None else width, count + 3), float("nan"), dtype=dtype)
         out = held[:, 2 : 2 + count]
-        norms = values_of(t, h, first, conv, p, 0.5, out)
+        half = len(out) // 2
+        norms = [values_of(t, h, first, conv, p, 0.5, out, c) for c in ((0, half), (half, len(out)))]
+        assert norms[1][1] == 0
+        norms = math.hypot(norms[0][0], norms[1][0]), norms[0][1]
         ours, plain, exact = (
             out,
             *(

@@ -194,6 +194,30 @@ def test_a_write_in_progress_goes_through_files_forks_and_pools_bit_for_bit(writ
     assert relative_error(torch.cat(got, 1), oracle) < SEGMENTATION
 
 
+def test_a_session_that_shall_take_tokens_back_is_saved_while_it_writes(writing_model, tmp_path):
+    """As assisted decoding asks for it in the middle of a text."""
+    tokens = models.ids(1, 40)
+    session = ttt.Session(writing_model)
+    while_writing(writing_model, session, tokens[:, :17])
+    session.keep_revocable(4)
+    session.save(tmp_path / "s.ttt")
+    loaded = ttt.Session.load(writing_model, tmp_path / "s.ttt")
+    a, b = (read(writing_model, tokens[:, 17:], x) for x in (session, loaded))
+    oracle = models.oracle(writing_model, tokens)[:, 17:]
+    assert relative_error(a, oracle) < SEGMENTATION
+    assert relative_error(b, oracle) < SEGMENTATION
+
+
+def test_a_pool_keeps_v_from_one_use_to_the_next(writing_model):
+    tokens = models.ids(1, 16)
+    pool = ttt.Pool(writing_model, sequences=1, context=64)
+    for i in range(15):
+        with pool.use("a") as batch:
+            writing_model(**batch.inputs(tokens[:, i : i + 1]))
+            values = [site.rows[0, VALUES].item() for site in batch.state.sites.values()]
+    assert values == [1] * len(values)
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -29,7 +29,8 @@ CACHED = 7  # complete chunks not dealt with yet whose v stands in ``tail_v``
 COLUMNS = 8
 # And of tables whose writes may be spread over steps (CPU; see :func:`spread_tokens`), behind those:
 LEFT = 8  # columns of W that the write of chunk DONE - 1 has not reached yet
-VALUES = 9  # tokens of the incomplete chunk whose v stands in ``tail_v`` already
+VALUES = 9  # units of v of the incomplete chunk that stand in ``tail_v`` already, or:
+NOT_AHEAD = -1  # none is made before the chunk's end, and its write is not spread
 WIDE_COLUMNS = 10
 
 # Columns of ``norms``: Frobenius norms of writes since the document began.
@@ -125,7 +126,8 @@ def spread_tokens(spec: SiteSpec) -> int:
     """
     rule = spec.rule
     splits = not rule.limited and rule.keys != "unit" and rule.decay == 1.0
-    return spec.chunk * 3 // 8 if splits and not spec.derived and not spec.inner else 0
+    writes = spec.lr != 0.0 and not spec.derived and not spec.inner
+    return spec.chunk * 3 // 8 if splits and writes else 0
 
 
 def live_start(counts: Sequence[int], chunk: int) -> int:

@@ -29,7 +29,7 @@ class PooledState(FastWeightState):
 
     def __init__(self, tables: FastWeightState, rows: Tensor, owner: object, context: int | None) -> None:
         super().__init__(tables.specs, tables.sites, rows, owner)
-        self.context = context
+        self.context, self._tables = context, tables
         # Which of the first cached positions hold a token; all others do.
         self._real = torch.ones(len(rows), 0, dtype=torch.bool)
 
@@ -88,6 +88,10 @@ class PooledState(FastWeightState):
                 import_row(other, spec, b, export_row(self, spec.key, b))
         other.lost = self.lost
         return other
+
+    def follow(self, adapter: object) -> None:
+        """As :meth:`FastWeightState.follow`, of the whole pool: v outlives what was lent."""
+        self._tables.follow(adapter)
 
     def select(self, rows: Tensor) -> None:
         """Raise unless every sequence stays where it is: names and slots are in this order.

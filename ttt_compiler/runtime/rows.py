@@ -63,7 +63,6 @@ def export_row(state: FastWeightState, key: str, sequence: int) -> Row:
         "tail_t": site.tail_t[lanes, tokens],
     }
     if writing:
-        table[VALUES] = 0
         out["writing"] = site.spread_values(row, spec.chunk)
     slot = site.w[counts[SLOT]]
     if counts[FACTORED]:
@@ -84,7 +83,7 @@ def row_layout(
     if len(counts) not in (COLUMNS, WIDE_COLUMNS) or min(counts) < 0 or counts[SLOT] or counts[CACHED]:
         return None
     writing = len(counts) == WIDE_COLUMNS
-    if writing and not _may_write(counts, spec, revocable):
+    if writing and not _may_write(counts, spec):
         return None
     seen, done, writes, factored = counts[SEEN], counts[DONE], counts[WRITES], counts[FACTORED]
     open_tokens = seen - done * spec.chunk
@@ -109,11 +108,11 @@ def row_layout(
     return out
 
 
-def _may_write(counts: list[int], spec: SiteSpec, revocable: int) -> bool:
+def _may_write(counts: list[int], spec: SiteSpec) -> bool:
     """Whether a write can be in progress with these counters."""
     since = counts[SEEN] - counts[DONE] * spec.chunk
     fits = counts[DONE] > 0 and counts[WRITES] > 0 and not counts[FACTORED] and not counts[VALUES]
-    return fits and not revocable and 0 < counts[LEFT] <= spec.d_ff and 0 <= since < spread_tokens(spec)
+    return fits and 0 < counts[LEFT] <= spec.d_ff and 0 <= since < spread_tokens(spec)
 
 
 def finished_row(row: Mapping[str, Tensor], spec: SiteSpec, w0: Tensor) -> Row:

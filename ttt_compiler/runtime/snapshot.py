@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ttt_compiler.codegen.layout import COLUMNS, WIDE_COLUMNS
 from ttt_compiler.errors import SnapshotError, UnsupportedModelError
 from ttt_compiler.runtime.available import available_bytes
 from ttt_compiler.runtime.compress import Method, decode, encode, expected_tensors, parse_method
@@ -160,7 +161,8 @@ def _rows(
             prefix = f"fast.{spec.key}.{b}."
             counts = fast.get(f"{prefix}rows")
             layout = None
-            if counts is not None and counts.dim() == 1 and counts.dtype == torch.int64:
+            sizes = ((COLUMNS,), (WIDE_COLUMNS,))
+            if counts is not None and counts.shape in sizes and counts.dtype == torch.int64:
                 layout = row_layout(spec, dtype, counts.tolist(), revocable)
             if layout is None:
                 raise SnapshotError(

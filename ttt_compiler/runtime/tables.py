@@ -16,6 +16,7 @@ from ttt_compiler.codegen.layout import (
     COLUMNS,
     LEFT,
     NORMS,
+    NOT_AHEAD,
     SEEN,
     SLOT,
     VALUES,
@@ -108,7 +109,9 @@ def selected(site: StateTensors, chosen: Tensor) -> StateTensors:
     table[:, CACHED] = 0
     tail_v = site.tail_v
     if site.spreads:
-        table[:, VALUES] = 0
+        # Beams change places at every token: v that is dropped each time is not worth making.
+        table[:count, VALUES] = NOT_AHEAD
+        table[table[:, LEFT] > 0, VALUES] = 0
         if bool(table[:, LEFT].any()):
             # A write in progress goes on with the v that it began with.
             tail_v = torch.zeros_like(tail_v)

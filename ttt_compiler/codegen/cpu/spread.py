@@ -3,10 +3,10 @@
 When the last token of a chunk arrives, v of its last tokens is made, and the write begins: each following
 step reads the chunk's tokens in factored form where the write has not come to yet, and writes as many columns
 of W as bring it to its end after S steps (:func:`~ttt_compiler.codegen.layout.spread_tokens`). v is made
-while the chunk fills, in blocks of tokens whose following tokens are there. Blocks always begin at a multiple
-of ``BLOCK``, so v does not depend on when it was made, bit for bit; nor does W on when its columns were
-written. May be changed here: the size of a block. The steps themselves are in C++ (``native/spread.cpp``),
-and so a write is spread only where there is a compiler.
+while the chunk fills, in units of tokens and columns that are always the same ones, so v does not depend on
+when it was made, bit for bit; nor does W on when its columns were written. May be changed here: the units,
+together with ``native/decode.cpp``, which says when one is due. The steps themselves are in C++, and so a
+write begins only where there is a compiler.
 """
 
 from __future__ import annotations
@@ -33,8 +33,29 @@ from ttt_compiler.codegen.layout import (
 )
 from ttt_compiler.spec import SiteSpec
 
-# Tokens whose v is made at once: P is read once for them, which is most of what it costs.
-BLOCK = 8
+# A unit of v is 32 tokens and a quarter of P's columns, so that P is read once for 32 tokens: reading it is
+# most of what v costs. Of a chunk's last tokens, which come late, it is 4 tokens and all columns.
+TOKENS, PARTS, LAST_TOKENS = 32, 4, 4
+
+
+def units(chunk: int) -> int:
+    """How many units of v a chunk has."""
+    return _wide(chunk) * PARTS + -(-(chunk - _wide(chunk) * TOKENS) // LAST_TOKENS)
+
+
+def unit(index: int, chunk: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Tokens of a chunk, and columns of ``width``, from and to, of a unit."""
+    last = index - _wide(chunk) * PARTS
+    if last < 0:
+        first, part = index // PARTS * TOKENS, index % PARTS
+        return (first, first + TOKENS), (width * part // PARTS, width * (part + 1) // PARTS)
+    first = _wide(chunk) * TOKENS + last * LAST_TOKENS
+    return (first, min(first + LAST_TOKENS, chunk)), (0, width)
+
+
+def _wide(chunk: int) -> int:
+    """Spans of ``TOKENS`` in front of the last ones."""
+    return max(0, (chunk - TOKENS) // TOKENS)
 
 
 def tokens_ahead(spec: SiteSpec) -> int:
@@ -62,28 +83,32 @@ class Spread:
         """v of the chunk, ``[D, C]``."""
         return self.state.spread_values(self.row, self.chunk)
 
-    def make_values(self, conv: Tensor, proj: Tensor | None, blocks: int) -> None:
-        """v of the next ``blocks`` blocks of the incomplete or just completed chunk, of as many as there are.
+    def make_values(self, conv: Tensor, proj: Tensor | None, count: int) -> None:
+        """The next ``count`` units of v of the incomplete or just completed chunk, or as many as there are.
 
         conv ``[Dt, 1, K]``, proj ``[Dt, D]`` or None.
         """
         me, sums, ahead = self.me, self.state.norms[self.row], tokens_ahead(self.spec)
         start = me[DONE] * self.chunk
         there = me[SEEN] - start
-        for _ in range(blocks):
-            first = me[VALUES]
-            stop = min(first + BLOCK, self.chunk)
-            if first == self.chunk or min(stop + ahead, self.chunk) > there:
+        for index in range(me[VALUES], min(me[VALUES] + count, units(self.chunk))):
+            (first, stop), columns = unit(index, self.chunk, self.spec.d_model)
+            if min(stop + ahead, self.chunk) > there:
                 return
             low, high = max(0, first - self.spec.conv_kernel // 2), min(stop + ahead, self.chunk)
             h, t = self.tail.read(start + low, high - low)
             norms = values_of(
                 *(t, h[first - low : stop - low], first - low, conv, proj),
-                *(self.spec.write_scale, self.values[:, first:stop]),
+                *(self.spec.write_scale, self.values[:, first:stop], columns),
             )
-            so_far = sums[OF_V:].tolist() if first else (0.0, 0.0)
-            sums[OF_V:] = torch.tensor([math.hypot(*x) for x in zip(so_far, norms, strict=True)])
-            me[VALUES] = stop
+            so_far = sums[OF_V:].tolist() if index else (0.0, 0.0)
+            sums[OF_V:] = sums.new_tensor([math.hypot(*x) for x in zip(so_far, norms, strict=True)])
+            me[VALUES] = index + 1
+
+    def overdue(self) -> int:
+        """Units of v that are more than one for each token which the chunk still lacks."""
+        there = self.me[SEEN] - self.me[DONE] * self.chunk
+        return max(0, units(self.chunk) - self.me[VALUES] - (self.chunk - there))
 
     def norms(self) -> tuple[float, float]:
         """Of v and h of the just completed chunk; one is not finite where a number is not."""
@@ -103,7 +128,11 @@ class Spread:
         if not me[LEFT]:
             return
         function = native.function("spread", state.tail_h.dtype)
-        assert function is not None, "a write began in C++"
+        if function is None:
+            # It was begun where there is a compiler, and came here in a file.
+            state.w[me[SLOT]] = spread_matrix(state, self.row, self.spec, w0.detach().to(state.w.dtype))
+            me[LEFT] = 0
+            return
         base = None
         if me[WRITES] == 1:
             base = w0.detach().to(state.tail_h.dtype)

@@ -15,20 +15,23 @@ import math
 import torch
 from torch import Tensor
 
+from ttt_compiler.codegen.cpu import native
 from ttt_compiler.codegen.cpu.controls import limited
 from ttt_compiler.codegen.cpu.conv import convolve
 from ttt_compiler.codegen.cpu.gemm import project, static_apply, workspace
 from ttt_compiler.codegen.cpu.native.decode import decode
 from ttt_compiler.codegen.cpu.native.squares import norm as frobenius
 from ttt_compiler.codegen.cpu.slots import RowMatrix, add_factored
-from ttt_compiler.codegen.cpu.spread import BLOCK, Spread
+from ttt_compiler.codegen.cpu.spread import Spread, units
 from ttt_compiler.codegen.cpu.tail import RowTail, append_tokens
 from ttt_compiler.codegen.layout import (
     CACHED,
     CLIPPED,
     DONE,
+    FACTORED,
     LAST,
     LEFT,
+    NOT_AHEAD,
     PEAK,
     SEEN,
     SKIPPED,
@@ -84,9 +87,8 @@ def fast_weight_step(
     members = batch.tolist()
     rows = [_Row(call, member) for member in members]
     rest = list(range(len(rows))) if step is None else step.rest
-    if step is not None and step.work:
-        for b in set(range(len(rows))).difference(rest):
-            rows[b].spread_write()
+    for b, count in step.work.items() if step is not None else ():
+        rows[b].spread_write(count)
     runs = _token_runs(pos, len(members)) if length == 1 else row_runs(pos, len(members), length)
     if step is not None:
         untouched, base_done, y = False, step.base_done, step.y
@@ -193,16 +195,15 @@ class _Row:
             self.matrix.own_slot()
             self.spread.finish(self.call.w0)
 
-    def spread_write(self) -> None:
-        """After a step in C++: make v that is due; begin the write of a chunk that is complete."""
+    def spread_write(self, count: int | None) -> None:
+        """After a step in C++: make ``count`` units of v; None: the chunk is complete, begin its write."""
         call, counts = self.call, self.counts
-        complete = counts[SEEN] == (counts[DONE] + 1) * self.chunk
-        if counts[LEFT] or not (complete or counts[VALUES] + BLOCK <= counts[SEEN] % self.chunk):
-            return
+        complete = count is None
         if call.still:
             counts[DONE] += complete
+            counts[VALUES] = 0 if complete else NOT_AHEAD
             return
-        self.spread.make_values(call.conv, call.proj, blocks=self.chunk if complete else 1)
+        self.spread.make_values(call.conv, call.proj, units(self.chunk) if count is None else count)
         if complete:
             norms = self.spread.norms()
             if self._is_finite(*norms):
@@ -213,6 +214,16 @@ class _Row:
                 counts[SKIPPED] += 1
                 counts[DONE] += 1
                 counts[VALUES] = 0
+
+    def _catch_up(self) -> None:
+        """After a longer call: make v that single tokens would have no time for before the chunk's end."""
+        call, counts = self.call, self.counts
+        spreads = call.state.spreads and not call.revocable and counts[VALUES] != NOT_AHEAD
+        if not spreads or counts[FACTORED] or native.function("values", call.h.dtype) is None:
+            return
+        unfolded = counts[WRITES] or (counts[DONE] + 1) * self.chunk > call.factored_limit
+        if unfolded and (count := self.spread.overdue()) and not call.still:
+            self.spread.make_values(call.conv, call.proj, count)
 
     def reads_only_w0(self, runs: list[Run], length: int) -> bool:
         """Whether no token reads a written matrix or a complete chunk, from before this call or of it."""
@@ -259,6 +270,7 @@ class _Row:
                 counts[SEEN] += size
             i += size
         self._commit(end)
+        self._catch_up()
 
     def _begin(self) -> None:
         for column in (SEEN, DONE, SKIPPED, CLIPPED, CACHED, LEFT, VALUES)[: 5 + 2 * self.call.state.spreads]:

@@ -29,9 +29,9 @@ _INT, _SIZE, _POINTER, _FLOAT = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, c
 _SIGNATURES: dict[str, tuple[list[Any], Any, tuple[str, ...]]] = {
     "conv": ([_POINTER] * 3 + [_SIZE] * 4 + [_INT], None, tuple(NAMES.values())),
     "taps": ([_POINTER] * 3 + [_SIZE] * 4 + [_INT], None, tuple(NAMES.values())),
-    "decode": ([_POINTER] * 14 + [_SIZE] * 15 + [_INT] * 2, _INT, tuple(NAMES.values())),
+    "decode": ([_POINTER] * 14 + [_SIZE] * 14 + [_INT] * 2, _INT, tuple(NAMES.values())),
     "spread": ([_POINTER] * 5 + [_SIZE] * 9 + [_INT], None, tuple(NAMES.values())),
-    "values": ([_POINTER] * 6 + [_SIZE] * 8 + [ctypes.c_double, _INT], None, tuple(NAMES.values())),
+    "values": ([_POINTER] * 6 + [_SIZE] * 10 + [ctypes.c_double, _INT], None, tuple(NAMES.values())),
     "squares": ([_POINTER, _SIZE, _INT], ctypes.c_double, tuple(NAMES.values())),
     "blocks": ([_POINTER] * 7 + [_SIZE] * 3 + [_INT] * 3, _INT, ("float32", "bfloat16")),
     "wideblocks": ([_POINTER] * 7 + [_SIZE] * 3 + [_INT] * 3, _INT, ("bfloat16", "float16")),

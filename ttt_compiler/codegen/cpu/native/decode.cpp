@@ -3,7 +3,23 @@ namespace {
 
 // Columns of the table of rows, and what is returned: together with layout.py and decode.py.
 enum { SEEN, DONE, WRITES, FACTORED, SLOT, LEFT = 8, VALUES = 9 };
+// In ``done``.
+constexpr uint8_t BORDER = 255;
 enum Result { ALL = 0, SOME = 1, NEEDS_BASE = 2, WORK = 4, IS_BASE = 8 };
+
+// In which units v of a chunk is made: together with spread.py.
+struct Units {
+  int64_t chunk;
+  static constexpr int64_t kTokens = 32, kParts = 4, kLast = 4;
+
+  int64_t wide() const { return chunk / kTokens > 0 ? (chunk - kTokens) / kTokens : 0; }
+  int64_t count() const { return wide() * kParts + (chunk - wide() * kTokens + kLast - 1) / kLast; }
+  // The token behind a unit's last one; the last unit is made at the border alone.
+  int64_t end(int64_t unit) const {
+    const int64_t last = unit - wide() * kParts;
+    return last < 0 ? (unit / kParts + 1) * kTokens : wide() * kTokens + (last + 1) * kLast;
+  }
+};
 
 template <typename T, typename A>
 struct Decode {
@@ -16,11 +32,10 @@ struct Decode {
   int32_t* lanes;   // null while every row uses its own
   int64_t* table;
   const int64_t *batch, *pos;  // pos may be null; one of all rows, or of each
-  uint8_t* done;               // of each sequence, whether all is done for it
+  uint8_t* done;               // of each sequence: 0, or 1 and how many units of v to make, BORDER at the chunk's end
   int64_t members, positions, rows, columns, d, f, dt, chunk, capacity, w0_stride, values_stride;
-  // Tokens that a write is spread over, fewest tokens of a matrix, tokens of v that are made at once, tokens that v
-  // looks ahead.
-  int64_t spread, unfolded, together, ahead;
+  // Tokens that a write is spread over, most tokens of factored rows, tokens that v looks ahead.
+  int64_t spread, unfolded, ahead;
   int threads;
 
   int64_t* row(int64_t b) const { return table + batch[b] * columns; }
@@ -42,7 +57,7 @@ struct Decode {
   // Whether the write of the incomplete chunk will be spread.
   bool spreads(const int64_t* me) const {
     return spread > 0 && capacity == chunk + spread && !me[FACTORED] && !me[LEFT] &&
-           (me[DONE] + 1) * chunk > unfolded && (me[WRITES] > 0 || w0);
+           me[VALUES] >= 0 && (me[WRITES] > 0 || (w0 && (me[DONE] + 1) * chunk > unfolded));
   }
 
   bool shares_slot(int64_t b) const {
@@ -84,13 +99,30 @@ struct Decode {
     return result | work(kept);
   }
 
-  // Whether a chunk is complete, or v of as many tokens as belong together can be made.
+  // Whether a chunk is complete, or units of v are due; which ones is noted in ``done``.
   int work(const std::vector<int64_t>& kept) const {
+    int result = 0;
     for (int64_t b : kept) {
       const int64_t* me = row(b);
-      if (spreads(me) && (open(me) == chunk || open(me) - ahead - me[VALUES] >= together)) return WORK;
+      if (!spreads(me)) continue;
+      if (open(me) == chunk)
+        done[b] = BORDER;
+      else
+        done[b] += uint8_t(units_due(me, batch[b]));
+      if (done[b] > 1) result = WORK;
     }
-    return 0;
+    return result;
+  }
+
+  // Units are made at an even pace that ends at the border; rows of a batch take turns.
+  int64_t units_due(const int64_t* me, int64_t r) const {
+    const Units units{chunk};
+    const int64_t missing = units.count() - me[VALUES], steps = chunk - open(me);
+    if (missing <= 0) return 0;
+    const int64_t pace = missing < steps ? (me[SEEN] + r) % (steps / missing) == 0 : (missing + steps - 1) / steps;
+    int64_t due = 0;
+    while (due < std::min<int64_t>(pace, BORDER - 2) && units.end(me[VALUES] + due) + ahead <= open(me)) ++due;
+    return due;
   }
 
   const A* widened() const {
@@ -216,12 +248,12 @@ struct Decode {
                                const int64_t* pos, uint8_t* done, int64_t members, int64_t positions,            \
                                int64_t rows, int64_t columns, int64_t d, int64_t f, int64_t dt, int64_t chunk,   \
                                int64_t capacity, int64_t w0_stride, int64_t values_stride, int64_t spread,       \
-                               int64_t unfolded, int64_t together, int64_t ahead, int threads, int base_done) {  \
+                               int64_t unfolded, int64_t ahead, int threads, int base_done) {                    \
     return Decode<T, A>{h,         t,        y,        bias,    w0,     w,    tail_h,                            \
                         tail_t,    values,   lanes,    table,   batch,  pos,  done,                              \
                         members,   positions, rows,    columns, d,      f,    dt,                                \
-                        chunk,     capacity, w0_stride, values_stride, spread, unfolded, together,               \
-                        ahead,     threads}                                                                      \
+                        chunk,     capacity, w0_stride, values_stride, spread, unfolded, ahead,                  \
+                        threads}                                                                                 \
         .run(base_done != 0);                                                                                    \
   }
 

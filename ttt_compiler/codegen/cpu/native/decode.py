@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from ttt_compiler.codegen.cpu import native
-from ttt_compiler.codegen.cpu.spread import BLOCK, tokens_ahead
+from ttt_compiler.codegen.cpu.spread import tokens_ahead
 from ttt_compiler.codegen.layout import StateTensors, factored_limit, spread_tokens
 from ttt_compiler.spec import SiteSpec, state_dtype
 
 _SOME, _NEEDS_BASE, _WORK, _IS_BASE = 1, 2, 4, 8
+_BORDER = 255
 # Elements of a matrix from which on more than one thread reads it.
 _MANY = 1 << 16
 
@@ -30,12 +31,13 @@ class Step:
             for the others.
         base_done: whether a row needed the product with W0.
         rest: sequences that are not done: nothing but ``y`` has changed for them.
-        work: whether a sequence that is done has v to be made, or a write to begin.
+        work: of sequences that are done, how many units of v are to be made; None for those whose chunk is
+            complete.
     """
 
     __slots__ = ("base_done", "rest", "work", "y")
 
-    def __init__(self, y: Tensor, base_done: bool, rest: list[int], work: bool) -> None:
+    def __init__(self, y: Tensor, base_done: bool, rest: list[int], work: dict[int, int | None]) -> None:
         self.y, self.base_done, self.rest, self.work = y, base_done, rest, work
 
 
@@ -69,6 +71,8 @@ def decode(
         pos = pos.long().contiguous()
     (members, _, f), d, (rows, columns) = h.shape, w0.shape[0], state.rows.shape
     y = h.new_empty(members, 1, d)
+    if members == 0:
+        return Step(y, False, [], {})
     done = bytearray(members)
     spread = spread_tokens(spec) if state.spreads else 0
     operands = (h.data_ptr(), t.data_ptr())
@@ -97,7 +101,6 @@ def decode(
         state.tail_v.stride(0),
         spread,
         factored_limit(d, f, members),
-        BLOCK,
         tokens_ahead(spec),
         torch.get_num_threads() if d * f >= _MANY else 1,
     )
@@ -110,4 +113,5 @@ def decode(
     if result & _NEEDS_BASE:
         result = function(*operands, y.data_ptr(), *rest, 1)
     left = [b for b in range(members) if not done[b]] if result & _SOME else []
-    return Step(y, base_done, left, bool(result & _WORK))
+    work = {b: None if x == _BORDER else x - 1 for b, x in enumerate(done) if x > 1} if result & _WORK else {}
+    return Step(y, base_done, left, work)

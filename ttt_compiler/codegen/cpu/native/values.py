@@ -21,9 +21,16 @@ _MANY = 1 << 16
 
 
 def values_of(
-    t: Tensor, h: Tensor, first: int, conv: Tensor, proj: Tensor | None, scale: float, out: Tensor
+    t: Tensor,
+    h: Tensor,
+    first: int,
+    conv: Tensor,
+    proj: Tensor | None,
+    scale: float,
+    out: Tensor,
+    columns: tuple[int, int],
 ) -> tuple[float, float]:
-    """``out = (scale * conv(t) @ proj).T`` of some tokens; there must be a compiler.
+    """``out = (scale * conv(t) @ proj).T`` of some tokens and columns; there must be a compiler.
 
     Args:
         t: contiguous ``[r, Dt]``, consecutive rows of a chunk: those tokens, and what their taps reach of it.
@@ -33,9 +40,11 @@ def values_of(
         proj: ``[Dt, D]`` or None.
         scale: eta.
         out: ``[D, m]`` with rows in one piece.
+        columns: which of the D are made, from and to.
 
     Returns:
-        Norms of v and of h: NaN or Inf if a number is, or if the squares are beyond the state's dtype.
+        Norms of those columns of v, and, with the first column, of h, else 0: Inf if a number is NaN or Inf,
+        or if the squares are beyond the state's dtype.
     """
     function = native.function("values", t.dtype)
     assert function is not None, "v of a few tokens is made in C++"
@@ -55,6 +64,7 @@ def values_of(
         t.shape[1],
         h.shape[1],
         len(out),
+        *columns,
         conv.shape[-1],
         out.stride(0),
         scale,
