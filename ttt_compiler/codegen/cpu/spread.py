@@ -33,9 +33,9 @@ from ttt_compiler.codegen.layout import (
 )
 from ttt_compiler.spec import SiteSpec
 
-# A unit of v is 32 tokens and a quarter of P's columns, so that P is read once for 32 tokens: reading it is
+# A unit of v is 32 tokens and an eighth of P's columns, so that P is read once for 32 tokens: reading it is
 # most of what v costs. Of a chunk's last tokens, which come late, it is 4 tokens and all columns.
-TOKENS, PARTS, LAST_TOKENS = 32, 4, 4
+TOKENS, PARTS, LAST_TOKENS = 32, 8, 4
 
 
 def units(chunk: int) -> int:

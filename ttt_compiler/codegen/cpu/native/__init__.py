@@ -23,7 +23,7 @@ NAMES = {
     torch.bfloat16: "bfloat16",
     torch.float16: "float16",
 }
-_FILES = ("numbers", "conv", "dots", "values", "spread", "decode", "squares", "blocks", "products")
+_FILES = ("numbers", "conv", "dots", "squares", "values", "spread", "decode", "blocks", "products")
 _INT, _SIZE, _POINTER, _FLOAT = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
 # Per function of one dtype: what it takes, what it returns, and the dtypes that there are.
 _SIGNATURES: dict[str, tuple[list[Any], Any, tuple[str, ...]]] = {

@@ -10,7 +10,7 @@ enum Result { ALL = 0, SOME = 1, NEEDS_BASE = 2, WORK = 4, IS_BASE = 8 };
 // In which units v of a chunk is made: together with spread.py.
 struct Units {
   int64_t chunk;
-  static constexpr int64_t kTokens = 32, kParts = 4, kLast = 4;
+  static constexpr int64_t kTokens = 32, kParts = 8, kLast = 4;
 
   int64_t wide() const { return chunk / kTokens > 0 ? (chunk - kTokens) / kTokens : 0; }
   int64_t count() const { return wide() * kParts + (chunk - wide() * kTokens + kLast - 1) / kLast; }

@@ -108,8 +108,8 @@ struct Values {
   A scale;
   int threads;
 
-  // Squares of v and h are summed in double precision.
-  void run(double* squares) const {
+  // ``sums``: of the squares of v and of h.
+  void run(double* sums) const {
     static thread_local std::vector<T> held;
     held.resize(count * dt);
     convolve(held.data());
@@ -122,13 +122,9 @@ struct Values {
       for (int64_t c = from; c < to; ++c)
         for (int64_t i = 0; i < count; ++i) out[c * stride + i] = held[i * dt + c];
     }
-    double of_v = 0, of_h = 0;
-    for (int64_t c = from; c < to; ++c)
-      for (int64_t i = 0; i < count; ++i) of_v += double(widen(out[c * stride + i])) * double(widen(out[c * stride + i]));
-    if (from == 0 && to > 0)
-      for (int64_t i = 0; i < count * f; ++i) of_h += double(widen(h[i])) * double(widen(h[i]));
-    squares[0] = of_v;
-    squares[1] = of_h;
+    sums[0] = 0;
+    for (int64_t c = from; c < to; ++c) sums[0] += squares<T, A>(out + c * stride, count, 1);
+    sums[1] = from == 0 && to > 0 ? squares<T, A>(h, count * f, 1) : 0;
   }
 
   // Tokens [first, first + count) of those that are there, centred, zero beyond them; times eta.
@@ -153,13 +149,13 @@ struct Values {
 }  // namespace
 
 #define TTT_VALUES(NAME, T, A)                                                                                    \
-  extern "C" void values_##NAME(const T* t, const T* h, const T* conv, const T* p, T* out, double* squares,       \
+  extern "C" void values_##NAME(const T* t, const T* h, const T* conv, const T* p, T* out, double* sums,          \
                                 int64_t rows, int64_t first, int64_t count, int64_t dt, int64_t f, int64_t d,     \
                                 int64_t from, int64_t to, int64_t kernel, int64_t stride, double scale,           \
                                 int threads) {                                                                    \
     Values<T, A>{t,  h,    conv, p,      out,    rows,     first,  count, dt, f,                                  \
                  d,  from, to,   kernel, stride, A(scale), threads}                                               \
-        .run(squares);                                                                                            \
+        .run(sums);                                                                                               \
   }
 
 TTT_VALUES(float32, float, float)
