@@ -112,7 +112,7 @@ def test_decode_and_training_of_the_static_model(small):
 def test_a_planned_model_is_what_the_memory_plan_finds():
     config = ttt.TTTConfig(layers="every:5+1", chunk_size=512)
     planned = planned_model("Qwen3-0.6B", config)
-    looked = memory_plan("Qwen3-0.6B", 1, 4096, config)
+    looked = memory_plan("Qwen3-0.6B", 1, 4096, config, device="cuda")
     assert [(s.count, s.d_model, s.d_ff, s.d_target, s.chunk) for s in planned.sites] == [
         (k.sites, k.d_model, k.d_ff, k.d_target, k.chunk) for k in looked.sites
     ]

@@ -94,7 +94,7 @@ def _looked_at(name: str, config: TTTConfig) -> Planned:
     from ttt_compiler.pretrained import load_config
 
     found = load_config(name)
-    plan = memory_plan(found, 1, 1, config)
+    plan = memory_plan(found, 1, 1, config, device="cuda")
     dtype = getattr(torch, plan.dtype)
     sites = tuple(
         Sites(kind.sites, kind.d_model, kind.d_ff, kind.d_target, kind.chunk, config.proj)

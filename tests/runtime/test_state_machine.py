@@ -280,7 +280,9 @@ class StateMachine(RuleBasedStateMachine):
     def park_a_row(self, which, data):
         """One sequence leaves its tables and comes back, as it stands."""
         live = self._pick(which)
-        b = data.draw(st.integers(0, len(live.rows) - 1))
+        table = live.state.sites[KEY].rows[live.state.batch].tolist()
+        writing = [b for b, counts in enumerate(table) if len(counts) > COLUMNS and counts[LEFT]]
+        b = data.draw(st.sampled_from(writing or range(len(live.rows))))
         row = {name: x.clone() for name, x in export_row(live.state, KEY, b).items()}
         live.state.reset([b])
         import_row(live.state, live.one, b, row, lambda _: W0)
