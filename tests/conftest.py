@@ -15,6 +15,34 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import pytest
 import torch
 
+# Files whose tests take minutes each. A worker takes a whole file: begun last, one would keep a worker alone.
+FIRST = (
+    "goldens/test_official.py",
+    "offline/test_machine_code.py",
+    "architectures/test_sweep.py",
+    "runtime/test_state_machine.py",
+    "runtime/test_reliability.py",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Workers take files in the order below, not by how many tests they hold."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first, and the others by how many tests they hold."""
+    counts: dict[str, int] = {}
+    for item in items:
+        counts[str(item.path)] = counts.get(str(item.path), 0) + 1
+
+    def rank(item: pytest.Item) -> tuple[bool, int, str]:
+        path = item.path.as_posix()
+        return not path.endswith(FIRST), -counts[str(item.path)], path
+
+    items.sort(key=rank)
+
 
 @pytest.fixture(autouse=True, scope="module")
 def clean_compiler():
