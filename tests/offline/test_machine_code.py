@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from ttt_compiler.codegen.kernels.tiles import SHIPPED
-from ttt_compiler.offline.cross_compile import DTYPES, PER_CHUNK, USES, Compiled, page
+from ttt_compiler.offline.cross_compile import DTYPES, USES, Compiled, page
 from ttt_compiler.offline.targets import TARGETS, target
 
 PAGE = Path(__file__).parents[2] / "docs" / "kernels.md"
@@ -30,7 +30,7 @@ def run(module, *args):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [t.name for t in TARGETS])
 def test_every_kernel_compiles(name):
-    """Few spills, shared memory within the limit, matrix units in use: the program fails otherwise."""
+    """No spills, shared memory within the limit, matrix units in use: the program fails otherwise."""
     done = run("cross_compile", "--target", name, "--json")
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [Compiled(**row) for row in json.loads(done.stdout)]
@@ -45,7 +45,7 @@ def test_every_kernel_compiles(name):
 
 
 def test_gates_are_gates():
-    row = Compiled("k", "forward", "sm_90", "bf16", "1x1x1", 4, 1, 255, 80, 300_000, 232_448, 0)
+    row = Compiled("k", "forward", "sm_90", "bf16", "1x1x1", 4, 1, 255, 8, 300_000, 232_448, 0)
     assert len(row.faults) == 3
     assert not Compiled("k", "forward", "sm_90", "fp32", "1x1x1", 4, 1, 99, 0, 0, 232_448, 0).faults
     assert target("sm_80").capability == (8, 0)
@@ -64,7 +64,7 @@ def test_a_training_step_of_llama_compiles(name, dtype, gradients):
     ours = [k for k in kernels if k["ours"]]
     # Layers share their kernels: one of the forward pass, three of the backward pass.
     assert [k["graph"] for k in ours] == ["forward"] + ["backward"] * gradients
-    assert not any(k["spilled"] > PER_CHUNK for k in ours)
+    assert not any(k["spilled"] for k in ours)
     assert len(kernels) > 20
     if dtype != "float32":
         assert all(k["matrix"] for k in ours)

@@ -97,9 +97,6 @@ def chunk_scan_kernel(
         m_i = i_i * BI + r_i < I
         i64 = (i_i * BI + r_i).to(tl.int64)
         m_w = m_o[:, None] & m_i[None, :]
-        if ACCUMULATES:
-            # The first tile finds nothing to add to. A mask, since what stands in a branch is not read ahead.
-            m_p = m_o & (tl.zeros((BO,), dtype=tl.int32) + i_i != i_g)
         if HAS_BASE:
             w = tl.load(base + o64[:, None] * stride_bo + i64[None, :] * stride_bi, mask=m_w, other=0.0).to(
                 tl.float32
@@ -163,12 +160,6 @@ def chunk_scan_kernel(
             if HAS_TABLE and not REVERSE:
                 writes = writes & (skipped == 0)
             if writes:
-                if ACCUMULATES:
-                    # Sums are read one step ahead: products do not wait for memory.
-                    s64 = tl.cast(start, tl.int64)
-                    p_s = partial + ((i_g * B + b64) * T + s64) * O
-                    m_s = (r_m < stop - start)[:, None] & m_p[None, :]
-                    next_y = tl.load(p_s + (r_m[:, None] * O + r_o[None, :]), mask=m_s, other=0.0)
                 for t0 in range(start, stop, BM):
                     m_m = r_m < stop - t0
                     t64 = tl.cast(t0, tl.int64)
@@ -182,18 +173,15 @@ def chunk_scan_kernel(
                         other=0.0,
                     )
                     # template: end
-                    m_y = m_m[:, None] & m_o[None, :]
-                    if ACCUMULATES:
-                        sum_y = next_y
-                        p_s = partial + ((i_g * B + b64) * T + t64 + BM) * O
-                        m_s = (r_m < stop - t0 - BM)[:, None] & m_p[None, :]
-                        next_y = tl.load(p_s + (r_m[:, None] * O + r_o[None, :]), mask=m_s, other=0.0)
                     acc = tl.dot(x, tl.trans(read), input_precision=PRECISION)
                     if HAS_TABLE and REVERSE:
                         # What was not written has no gradient, not even through a NaN of its own.
                         acc = tl.where(skipped, 0.0, acc)
+                    m_y = m_m[:, None] & m_o[None, :]
                     if ACCUMULATES:
-                        acc += sum_y
+                        p_y = partial + ((i_g * B + b64) * T + t64) * O + (r_m[:, None] * O + r_o[None, :])
+                        if i_i != i_g:
+                            acc += tl.load(p_y, mask=m_y, other=0.0)
                     # template: begin to_g, to_b = i_g.to(INDEX_DTYPE), i_b.to(INDEX_DTYPE)
                     # template: to_t, to_o = (t0 + r_m[:, None]).to(INDEX_DTYPE), r_o[None, :].to(INDEX_DTYPE)
                     # template: {{store_y}}
@@ -211,12 +199,6 @@ def chunk_scan_kernel(
                     )
                     w = tl.dot(tl.trans(u), x, w, input_precision=PRECISION)
             else:
-                if ACCUMULATES:
-                    # Sums are read one step ahead: products do not wait for memory.
-                    s64 = tl.cast(start, tl.int64)
-                    p_s = partial + ((i_g * B + b64) * T + s64) * O
-                    m_s = (r_m < stop - start)[:, None] & m_p[None, :]
-                    next_y = tl.load(p_s + (r_m[:, None] * O + r_o[None, :]), mask=m_s, other=0.0)
                 for t0 in range(start, stop, BM):
                     m_m = r_m < stop - t0
                     t64 = tl.cast(t0, tl.int64)
@@ -230,18 +212,15 @@ def chunk_scan_kernel(
                         other=0.0,
                     )
                     # template: end
-                    m_y = m_m[:, None] & m_o[None, :]
-                    if ACCUMULATES:
-                        sum_y = next_y
-                        p_s = partial + ((i_g * B + b64) * T + t64 + BM) * O
-                        m_s = (r_m < stop - t0 - BM)[:, None] & m_p[None, :]
-                        next_y = tl.load(p_s + (r_m[:, None] * O + r_o[None, :]), mask=m_s, other=0.0)
                     acc = tl.dot(x, tl.trans(read), input_precision=PRECISION)
                     if HAS_TABLE and REVERSE:
                         # What was not written has no gradient, not even through a NaN of its own.
                         acc = tl.where(skipped, 0.0, acc)
+                    m_y = m_m[:, None] & m_o[None, :]
                     if ACCUMULATES:
-                        acc += sum_y
+                        p_y = partial + ((i_g * B + b64) * T + t64) * O + (r_m[:, None] * O + r_o[None, :])
+                        if i_i != i_g:
+                            acc += tl.load(p_y, mask=m_y, other=0.0)
                     # template: begin to_g, to_b = i_g.to(INDEX_DTYPE), i_b.to(INDEX_DTYPE)
                     # template: to_t, to_o = (t0 + r_m[:, None]).to(INDEX_DTYPE), r_o[None, :].to(INDEX_DTYPE)
                     # template: {{store_y}}
