@@ -280,9 +280,7 @@ class StateMachine(RuleBasedStateMachine):
     def park_a_row(self, which, data):
         """One sequence leaves its tables and comes back, as it stands."""
         live = self._pick(which)
-        table = live.state.sites[KEY].rows[live.state.batch].tolist()
-        writing = [b for b, counts in enumerate(table) if len(counts) > COLUMNS and counts[LEFT]]
-        b = data.draw(st.sampled_from(writing or range(len(live.rows))))
+        b = data.draw(st.sampled_from(_writing(live) or range(len(live.rows))))
         row = {name: x.clone() for name, x in export_row(live.state, KEY, b).items()}
         live.state.reset([b])
         import_row(live.state, live.one, b, row, lambda _: W0)
@@ -438,6 +436,12 @@ def _check_row(live: Live, b: int, counts: list[int], row: Row) -> None:
     assert _same(kept["tail_t"], T[rest])
 
 
+def _writing(live: Live) -> list[int]:
+    """Sequences whose write is in progress."""
+    table = live.state.sites[KEY].rows[live.state.batch].tolist()
+    return [b for b, counts in enumerate(table) if len(counts) > COLUMNS and counts[LEFT]]
+
+
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Bit for bit, NaN included."""
     return bool(torch.equal(a.nan_to_num(nan=1e300), b.nan_to_num(nan=1e300)))
@@ -476,8 +480,19 @@ class SpreadMachine(StateMachine):
     def _open(self, batch: int, one: SiteSpec, revocable: int, shared: bool, spread: bool) -> None:
         one = spec(8 if one.chunk % 2 else 16, one.rule)
         if not spread_tokens(one):
-            one = dataclasses.replace(one, rule=RULES["official"])
+            one = dataclasses.replace(one, rule=WriteRule(on_nonfinite=one.rule.on_nonfinite))
         super()._open(batch, one, max(0, revocable - 7), shared, True)
+
+    @rule(which=picks, data=st.data())
+    @precondition(lambda self: self.live)
+    def park_in_a_write(self, which, data):
+        """Token by token to where a write is in progress, if one begins within a chunk."""
+        live = self._pick(which)
+        for _ in range(live.one.chunk):
+            if _writing(live):
+                break
+            self._feed(live, [["next"]] * len(live.rows), None)
+        self.park_a_row(which, data)
 
     def _feed(self, live: Live, kinds: list[list[str]], pos: torch.Tensor | None) -> None:
         """Tokens without positions come one by one: a longer call finishes what is being written."""
@@ -493,8 +508,8 @@ MET = ("fork", "select", "save", "move", "dense", "skipped", "tokens")
 @pytest.mark.parametrize(
     ("machine", "examples", "what"),
     [
-        (StateMachine, 60, (*MET, "factored", "waiting", "clipped", "crop", "refused crop")),
-        (SpreadMachine, 120, (*MET, "writing", "parked while writing")),
+        (StateMachine, 120, (*MET, "factored", "waiting", "clipped", "crop", "refused crop")),
+        (SpreadMachine, 250, (*MET, "writing", "parked while writing")),
     ],
 )
 def test_states_are_their_models_whatever_happens(machine, examples, what):
@@ -510,5 +525,5 @@ def test_states_are_their_models_whatever_happens(machine, examples, what):
             suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
         ),
     )
-    missing = [one for one in what if machine.met[one] < 3]
+    missing = [one for one in what if machine.met[one] < 10]
     assert not missing, f"the machine hardly ever met {missing}: {machine.met}"
