@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bench.gpu import LR, environment
+from bench.gpu import LR, environment, timer
 from ttt_compiler.codegen import ops  # noqa: F401
 from ttt_compiler.codegen.choose import predicted_gradient_form, scan_plan
 from ttt_compiler.codegen.devices import device_of
@@ -49,17 +49,9 @@ REPEATS = 20
 
 def medians(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Seconds of one call of each, in turns."""
-    taken: dict[str, list[float]] = {name: [] for name in runs}
-    for r in range(rounds + 2):
-        for name, run in runs.items():
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            run()
-            stop.record()
-            torch.cuda.synchronize()
-            if r > 1:
-                taken[name].append(start.elapsed_time(stop) / 1e3)
-    return {name: statistics.median(xs) for name, xs in taken.items()}
+    clock = timer(torch.device("cuda"))
+    taken = [{name: clock(run) for name, run in runs.items()} for _ in range(rounds + 2)]
+    return {name: statistics.median(one[name] for one in taken[2:]) for name in runs}
 
 
 def ceilings(rounds: int) -> dict[str, float]:

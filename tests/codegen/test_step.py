@@ -53,9 +53,9 @@ def problem(batch, length, dtype=torch.float64, seed=0, *, grad=False):
     return [torch.randn(s, generator=g, dtype=torch.float64).to(dtype).requires_grad_(grad) for s in shapes]
 
 
-def fresh(one, batch, dtype=torch.float64, **kwargs):
+def fresh(one, batch, dtype=torch.float64, device="cpu", **kwargs):
     """Poisoned: nothing may be read before it is written."""
-    state = FastWeightState.zeros([one], batch, dtype, torch.device("cpu"), **kwargs)
+    state = FastWeightState.zeros([one], batch, dtype, torch.device(device), **kwargs)
     site = state.sites[KEY]
     for x in (site.w, site.tail_h, site.tail_t, site.tail_v):
         x.fill_(float("nan"))
@@ -63,8 +63,9 @@ def fresh(one, batch, dtype=torch.float64, **kwargs):
 
 
 def feed(state, one, args, start, stop, pos=None):
-    h, t, w0, conv, proj, bias = args
+    h, t, w0, conv, proj, bias = (None if x is None else x.to(state.device) for x in args)
     span = slice(start, stop)
+    pos = None if pos is None else pos.to(state.device)
     state.own()
     return torch.ops.ttt.fast_weight_step(
         *(h[:, span], t[:, span], w0, bias, conv, proj, None if pos is None else pos[:, span], one.encode()),

@@ -10,12 +10,11 @@ import os
 import pytest
 import torch
 
-from tests.codegen.test_step import KEY, RULES, expected
+from tests.codegen.test_step import KEY, RULES, expected, feed, fresh
 from tests.tolerances import SEGMENTATION, assert_within_budget, relative_error
 from ttt_compiler.codegen import ops  # noqa: F401
 from ttt_compiler.codegen.layout import CLIPPED, DONE, FACTORED, SEEN, SKIPPED, WRITES
 from ttt_compiler.runtime.rows import export_row
-from ttt_compiler.runtime.state import FastWeightState
 from ttt_compiler.spec import SiteSpec
 
 pytestmark = pytest.mark.skipif(
@@ -37,25 +36,6 @@ def operands(one, batch, length, dtype=torch.float32, seed=0):
     shapes = ((batch, length, f), (batch, length, d), (d, f), (d, 1, 5), (d, d), (d,))
     scales = (1, 1, 1, 1, d**-0.5, 1)
     return [(torch.randn(s, generator=g) * k).to(dtype) for s, k in zip(shapes, scales, strict=True)]
-
-
-def fresh(one, batch, dtype, device, **kwargs):
-    """Poisoned: nothing may be read before it is written."""
-    state = FastWeightState.zeros([one], batch, dtype, torch.device(device), **kwargs)
-    for x in state.sites[KEY][:4]:
-        x.fill_(float("nan"))
-    return state
-
-
-def feed(state, one, args, start, stop, pos=None):
-    h, t, w0, conv, proj, bias = (x.to(state.batch.device) for x in args)
-    pos = None if pos is None else pos[:, start:stop].to(h.device)
-    state.own()
-    return torch.ops.ttt.fast_weight_step(
-        *(h[:, start:stop], t[:, start:stop], w0, bias, conv, proj, pos, one.encode()),
-        *state.sites[KEY],
-        state.batch,
-    )
 
 
 def same(ours, theirs, w0):

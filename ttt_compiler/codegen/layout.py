@@ -81,6 +81,12 @@ class StateTensors(NamedTuple):
         """R, of tables of this site."""
         return self.capacity - spec.chunk - (spread_tokens(spec) if self.spreads else 0)
 
+    def forget_values(self, rows: Tensor | int) -> None:
+        """v of tokens that are not written yet must be made again; of a write in progress it stays."""
+        self.rows[rows, CACHED] = 0
+        if self.spreads:
+            self.rows[rows, VALUES] = 0
+
     def spread_values(self, row: int, chunk: int) -> Tensor:
         """v of the chunk whose write is spread, ``[D, C]``."""
         return self.tail_v[row, -chunk:].view(self.w.shape[1], chunk)

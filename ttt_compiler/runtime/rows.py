@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from ttt_compiler.codegen.cpu.spread import completed
 from ttt_compiler.codegen.cpu.tail import RowTail
 from ttt_compiler.codegen.layout import (
     CACHED,
@@ -121,11 +122,7 @@ def finished_row(row: Mapping[str, Tensor], spec: SiteSpec, w0: Tensor) -> Row:
     if "writing" not in out:
         return out
     counts, chunk = out["rows"].tolist(), spec.chunk
-    first, w = spec.d_ff - counts[LEFT], out["w"].clone()
-    if counts[WRITES] == 1:
-        w[:, first:] = w0.detach().to(w)[:, first:]
-    h = out["tail_h"][:chunk].to(w)
-    w[:, first:].addmm_(out.pop("writing").to(w), h[:, first:])
+    w = completed(out["w"], counts, out.pop("writing"), out["tail_h"][:chunk], w0)
     out |= {"w": w, "rows": out["rows"][:COLUMNS]}
     return out | {name: out[name][chunk:] for name in ("tail_h", "tail_t")}
 

@@ -169,9 +169,7 @@ class FastWeightState:
         """Before a call: chunks that wait get the v that its conv and P give, not other ones."""
         if self.adapter != adapter:
             for site in self.sites.values():
-                site.rows[self.batch, CACHED] = 0
-                if site.spreads:
-                    site.rows[self.batch, VALUES] = 0
+                site.forget_values(self.batch)
             self.adapter = adapter
 
     def settle(self) -> None:
@@ -216,11 +214,9 @@ class FastWeightState:
             for table in (site.rows, site.lanes, site.norms):
                 table[target] = table[source]
             # v is kept per row.
-            site.rows[target, CACHED] = 0
-            if site.spreads:
-                site.rows[target, VALUES] = 0
-                if site.rows[source, LEFT]:
-                    site.tail_v[target] = site.tail_v[source]
+            site.forget_values(target)
+            if site.spreads and site.rows[source, LEFT]:
+                site.tail_v[target] = site.tail_v[source]
 
     def repeat_interleave(self, repeats: int) -> None:
         """Every sequence becomes ``repeats`` sequences."""
@@ -260,6 +256,7 @@ class FastWeightState:
             counts[:, SEEN] -= tokens
             complete = counts[:, SEEN] // spec.chunk - counts[:, DONE]
             counts[:, CACHED] = torch.minimum(counts[:, CACHED], complete)
+            # No column in tables without room to spread a write.
             counts[:, VALUES : VALUES + 1] = 0
             rows[self.batch] = counts
 

@@ -4,14 +4,17 @@ When the last token of a chunk arrives, v of its last tokens is made, and the wr
 step reads the chunk's tokens in factored form where the write has not come to yet, and writes as many columns
 of W as bring it to its end after S steps (:func:`~ttt_compiler.codegen.layout.spread_tokens`). v is made
 while the chunk fills, in units of tokens and columns that are always the same ones, so v does not depend on
-when it was made, bit for bit; nor does W on when its columns were written. May be changed here: the units,
-together with ``native/decode.cpp``, which says when one is due. The steps themselves are in C++, and so a
-write begins only where there is a compiler.
+when it was made, bit for bit; nor does W on when its columns were written. May be changed here: the units.
+When one is due says ``native/decode.cpp``; the steps themselves are in C++, and so a write begins only where
+there is a compiler.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
+from ctypes import Array, c_int64
 
 import torch
 from torch import Tensor
@@ -51,6 +54,12 @@ def unit(index: int, chunk: int, width: int) -> tuple[tuple[int, int], tuple[int
         return (first, first + TOKENS), (width * part // PARTS, width * (part + 1) // PARTS)
     first = _wide(chunk) * TOKENS + last * LAST_TOKENS
     return (first, min(first + LAST_TOKENS, chunk)), (0, width)
+
+
+@functools.cache
+def unit_ends(chunk: int) -> Array[c_int64]:
+    """Of every unit the token behind its last one."""
+    return (c_int64 * units(chunk))(*(unit(i, chunk, PARTS)[0][1] for i in range(units(chunk))))
 
 
 def _wide(chunk: int) -> int:
@@ -125,12 +134,10 @@ class Spread:
     def finish(self, w0: Tensor) -> None:
         """Write the columns that are left, as the steps would have. The slot is this row's own."""
         me, state = self.me, self.state
-        if not me[LEFT]:
-            return
         function = native.function("spread", state.tail_h.dtype)
         if function is None:
             # It was begun where there is a compiler, and came here in a file.
-            state.w[me[SLOT]] = spread_matrix(state, self.row, self.spec, w0.detach().to(state.w.dtype))
+            state.w[me[SLOT]] = spread_matrix(state, self.row, self.spec, w0)
             me[LEFT] = 0
             return
         base = None
@@ -168,11 +175,16 @@ def finish_write(table: list[list[int]], row: int, state: StateTensors, spec: Si
 
 
 def spread_matrix(state: StateTensors, row: int, spec: SiteSpec, w0: Tensor) -> Tensor:
-    """W ``[D, F]`` of a row whose write is in progress, as it will be; a new tensor. w0 in W's dtype."""
+    """W ``[D, F]`` of a row whose write is in progress, as it will be; a new tensor."""
     me = state.rows[row].tolist()
-    w, first = state.w[me[SLOT]].clone(), spec.d_ff - me[LEFT]
-    if me[WRITES] == 1:
-        w[:, first:] = w0[:, first:]
     h, _ = RowTail([me] * (row + 1), row, state, spec.chunk).read(live_start(me, spec.chunk), spec.chunk)
-    w[:, first:].addmm_(state.spread_values(row, spec.chunk).to(w.dtype), h.to(w.dtype)[:, first:])
+    return completed(state.w[me[SLOT]], me, state.spread_values(row, spec.chunk), h, w0)
+
+
+def completed(w: Tensor, counts: Sequence[int], v: Tensor, h: Tensor, w0: Tensor) -> Tensor:
+    """A new tensor, with what a write in progress lacks. w and w0 ``[D, F]``, v ``[D, C]``, h ``[C, F]``."""
+    w, first = w.clone(), w.shape[1] - counts[LEFT]
+    if counts[WRITES] == 1:
+        w[:, first:] = w0.detach().to(w)[:, first:]
+    w[:, first:].addmm_(v.to(w), h.to(w)[:, first:])
     return w

@@ -22,15 +22,15 @@ from ttt_compiler.codegen.cpu.gemm import project, static_apply, workspace
 from ttt_compiler.codegen.cpu.native.decode import decode
 from ttt_compiler.codegen.cpu.native.squares import norm as frobenius
 from ttt_compiler.codegen.cpu.slots import RowMatrix, add_factored
-from ttt_compiler.codegen.cpu.spread import Spread, units
+from ttt_compiler.codegen.cpu.spread import Spread, finish_write, units
 from ttt_compiler.codegen.cpu.tail import RowTail, append_tokens
 from ttt_compiler.codegen.layout import (
     CACHED,
     CLIPPED,
+    COLUMNS,
     DONE,
     FACTORED,
     LAST,
-    LEFT,
     NOT_AHEAD,
     PEAK,
     SEEN,
@@ -191,9 +191,9 @@ class _Row:
 
     def finish_write(self) -> None:
         """A write that is in progress comes to its end, for what only a step in C++ can read before."""
-        if self.call.state.spreads and self.counts[LEFT]:
-            self.matrix.own_slot()
-            self.spread.finish(self.call.w0)
+        call = self.call
+        if call.state.spreads:
+            finish_write(call.table, self.index, call.state, call.spec, call.w0)
 
     def spread_write(self, count: int | None) -> None:
         """After a step in C++: make ``count`` units of v; None: the chunk is complete, begin its write."""
@@ -273,7 +273,7 @@ class _Row:
         self._catch_up()
 
     def _begin(self) -> None:
-        for column in (SEEN, DONE, SKIPPED, CLIPPED, CACHED, LEFT, VALUES)[: 5 + 2 * self.call.state.spreads]:
+        for column in (SEEN, DONE, SKIPPED, CLIPPED, CACHED, *range(COLUMNS, len(self.counts))):
             self.counts[column] = 0
         self.matrix.reset()
         self.call.state.norms[self.index].zero_()

@@ -29,7 +29,7 @@ _INT, _SIZE, _POINTER, _FLOAT = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, c
 _SIGNATURES: dict[str, tuple[list[Any], Any, tuple[str, ...]]] = {
     "conv": ([_POINTER] * 3 + [_SIZE] * 4 + [_INT], None, tuple(NAMES.values())),
     "taps": ([_POINTER] * 3 + [_SIZE] * 4 + [_INT], None, tuple(NAMES.values())),
-    "decode": ([_POINTER] * 14 + [_SIZE] * 14 + [_INT] * 2, _INT, tuple(NAMES.values())),
+    "decode": ([_POINTER] * 14 + [_SIZE] * 14 + [_POINTER, _SIZE, _INT, _INT], _INT, tuple(NAMES.values())),
     "spread": ([_POINTER] * 5 + [_SIZE] * 9 + [_INT], None, tuple(NAMES.values())),
     "values": ([_POINTER] * 6 + [_SIZE] * 10 + [ctypes.c_double, _INT], None, tuple(NAMES.values())),
     "squares": ([_POINTER, _SIZE, _INT], ctypes.c_double, tuple(NAMES.values())),
@@ -45,11 +45,6 @@ def function(name: str, dtype: torch.dtype) -> Any:
     if found is None or NAMES.get(dtype) not in _SIGNATURES[name][2]:
         return None
     return getattr(found, f"{name}_{NAMES[dtype]}")
-
-
-def address(buffer: bytearray) -> int:
-    """Where its bytes lie, for as long as its size does not change."""
-    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
 
 
 @functools.cache

@@ -22,25 +22,40 @@ void some(int count, T* out, const A* const* taps, const T* const* x, int64_t wi
   }
 }
 
-// out[c, i, d] = sum_k taps[k, d] * src[c, i + k - K/2, d] over rows of the same chunk; K <= kTaps.
 constexpr int kTaps = 9;
 
+// Row r of ``rows``: out[d] = sum_k taps[k, d] * src[r + k - K/2, d] over rows that there are.
+template <typename T, typename A>
+void convolved(const T* src, const A* taps, T* out, int64_t r, int64_t rows, int64_t width, int64_t kernel) {
+  const int64_t half = kernel / 2;
+  if (kernel > kTaps) {
+    for (int64_t d = 0; d < width; ++d) {
+      A sum = 0;
+      for (int64_t k = std::max<int64_t>(0, half - r); k < std::min(kernel, rows - r + half); ++k)
+        sum += taps[k * width + d] * widen(src[(r + k - half) * width + d]);
+      narrow(out[d], sum);
+    }
+    return;
+  }
+  const A* w[kTaps];
+  const T* x[kTaps];
+  int count = 0;
+  for (int64_t k = 0; k < kernel; ++k) {
+    if (r + k - half < 0 || r + k - half >= rows) continue;
+    w[count] = taps + k * width;
+    x[count++] = src + (r + k - half) * width;
+  }
+  some<kTaps>(count, out, w, x, width);
+}
+
+// out[c, i, d] = sum_k taps[k, d] * src[c, i + k - K/2, d] over rows of the same chunk.
 template <typename T, typename A>
 void conv(const T* src, const A* taps, T* out, int64_t chunks, int64_t rows, int64_t width, int64_t kernel,
           int threads) {
-  const int64_t half = kernel / 2;
 #pragma omp parallel for num_threads(threads)
   for (int64_t i = 0; i < chunks * rows; ++i) {
     const int64_t r = i % rows;
-    const A* w[kTaps];
-    const T* x[kTaps];
-    int count = 0;
-    for (int64_t k = 0; k < kernel; ++k) {
-      if (r + k - half < 0 || r + k - half >= rows) continue;
-      w[count] = taps + k * width;
-      x[count++] = src + (i + k - half) * width;
-    }
-    some<kTaps>(count, out + i * width, w, x, width);
+    convolved(src + (i - r) * width, taps, out + i * width, r, rows, width, kernel);
   }
 }
 

@@ -7,20 +7,6 @@ enum { SEEN, DONE, WRITES, FACTORED, SLOT, LEFT = 8, VALUES = 9 };
 constexpr uint8_t BORDER = 255;
 enum Result { ALL = 0, SOME = 1, NEEDS_BASE = 2, WORK = 4, IS_BASE = 8 };
 
-// In which units v of a chunk is made: together with spread.py.
-struct Units {
-  int64_t chunk;
-  static constexpr int64_t kTokens = 32, kParts = 8, kLast = 4;
-
-  int64_t wide() const { return chunk / kTokens > 0 ? (chunk - kTokens) / kTokens : 0; }
-  int64_t count() const { return wide() * kParts + (chunk - wide() * kTokens + kLast - 1) / kLast; }
-  // The token behind a unit's last one; the last unit is made at the border alone.
-  int64_t end(int64_t unit) const {
-    const int64_t last = unit - wide() * kParts;
-    return last < 0 ? (unit / kParts + 1) * kTokens : wide() * kTokens + (last + 1) * kLast;
-  }
-};
-
 template <typename T, typename A>
 struct Decode {
   const T *h, *t;
@@ -28,7 +14,7 @@ struct Decode {
   const T *bias, *w0;  // either may be null; w0 where its rows are not in one piece
   A* w;
   T *tail_h, *tail_t;
-  const T* values;  // [rows, .., d, chunk], null where no write is spread
+  const T* tail_v;  // [rows, ..], of which the last d * chunk of a row are v of the chunk that is written
   int32_t* lanes;   // null while every row uses its own
   int64_t* table;
   const int64_t *batch, *pos;  // pos may be null; one of all rows, or of each
@@ -36,6 +22,8 @@ struct Decode {
   int64_t members, positions, rows, columns, d, f, dt, chunk, capacity, w0_stride, values_stride;
   // Tokens that a write is spread over, most tokens of factored rows, tokens that v looks ahead.
   int64_t spread, unfolded, ahead;
+  const int64_t* unit_ends;  // of a chunk: the token behind each unit of v
+  int64_t units;
   int threads;
 
   int64_t* row(int64_t b) const { return table + batch[b] * columns; }
@@ -74,10 +62,10 @@ struct Decode {
     std::vector<int64_t> kept;
     bool some_need = false, all_are = true;
     for (int64_t b = 0; b < members; ++b) {
-      some_need |= needs_base(b);
-      all_are &= keeps(b) && row(b)[WRITES] == 0;
       done[b] = keeps(b);
       if (done[b]) kept.push_back(b);
+      some_need |= needs_base(b);
+      all_are &= done[b] && row(b)[WRITES] == 0;
     }
     if (all_are) {
       append(kept);
@@ -85,10 +73,12 @@ struct Decode {
     }
     if (some_need && !base_done) return NEEDS_BASE;
     const A* wide = widened();
-    std::vector<A> scores(spread > 0 ? members * chunk : 0);
+    std::vector<A> scores;
     for (int64_t b : kept)
-      if (left(row(b)) > 0)
+      if (left(row(b)) > 0) {
+        scores.resize(members * chunk);
         scores_of(keys(b), chunk, wide + b * f, scores.data() + b * chunk, f - left(row(b)), threads);
+      }
     dense(kept, wide, scores.data());
     int result = int64_t(kept.size()) < members ? SOME : ALL;
     for (int64_t b : kept) {
@@ -116,12 +106,11 @@ struct Decode {
 
   // Units are made at an even pace that ends at the border; rows of a batch take turns.
   int64_t units_due(const int64_t* me, int64_t r) const {
-    const Units units{chunk};
-    const int64_t missing = units.count() - me[VALUES], steps = chunk - open(me);
+    const int64_t missing = units - me[VALUES], steps = chunk - open(me);
     if (missing <= 0) return 0;
     const int64_t pace = missing < steps ? (me[SEEN] + r) % (steps / missing) == 0 : (missing + steps - 1) / steps;
     int64_t due = 0;
-    while (due < std::min<int64_t>(pace, BORDER - 2) && units.end(me[VALUES] + due) + ahead <= open(me)) ++due;
+    while (due < std::min({pace, missing, int64_t(BORDER - 2)}) && unit_ends[me[VALUES] + due] + ahead <= open(me)) ++due;
     return due;
   }
 
@@ -141,7 +130,7 @@ struct Decode {
     return {tail_h, lanes ? lanes + batch[b] * capacity : nullptr, batch[b], capacity, f, start(row(b))};
   }
 
-  const T* values_of(int64_t b) const { return values + batch[b] * values_stride; }
+  const T* values_of(int64_t b) const { return tail_v + (batch[b] + 1) * values_stride - d * chunk; }
 
   // The share of a write that belongs to one step, of all that are as long.
   void write(int64_t b) const {
@@ -244,16 +233,17 @@ struct Decode {
 
 #define TTT_DECODE(NAME, T, A)                                                                                   \
   extern "C" int decode_##NAME(const T* h, const T* t, T* y, const T* bias, const T* w0, A* w, T* tail_h,        \
-                               T* tail_t, const T* values, int32_t* lanes, int64_t* table, const int64_t* batch, \
+                               T* tail_t, const T* tail_v, int32_t* lanes, int64_t* table, const int64_t* batch, \
                                const int64_t* pos, uint8_t* done, int64_t members, int64_t positions,            \
                                int64_t rows, int64_t columns, int64_t d, int64_t f, int64_t dt, int64_t chunk,   \
                                int64_t capacity, int64_t w0_stride, int64_t values_stride, int64_t spread,       \
-                               int64_t unfolded, int64_t ahead, int threads, int base_done) {                    \
+                               int64_t unfolded, int64_t ahead, const int64_t* unit_ends, int64_t units,         \
+                               int threads, int base_done) {                                                     \
     return Decode<T, A>{h,         t,        y,        bias,    w0,     w,    tail_h,                            \
-                        tail_t,    values,   lanes,    table,   batch,  pos,  done,                              \
+                        tail_t,    tail_v,   lanes,    table,   batch,  pos,  done,                              \
                         members,   positions, rows,    columns, d,      f,    dt,                                \
                         chunk,     capacity, w0_stride, values_stride, spread, unfolded, ahead,                  \
-                        threads}                                                                                 \
+                        unit_ends, units,    threads}                                                            \
         .run(base_done != 0);                                                                                    \
   }
 

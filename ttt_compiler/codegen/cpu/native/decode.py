@@ -8,12 +8,15 @@ has the same in Python and does all the rest.
 
 from __future__ import annotations
 
+import ctypes
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from ttt_compiler.codegen.cpu import native
-from ttt_compiler.codegen.cpu.spread import tokens_ahead
+from ttt_compiler.codegen.cpu.spread import tokens_ahead, unit_ends
 from ttt_compiler.codegen.layout import StateTensors, factored_limit, spread_tokens
 from ttt_compiler.spec import SiteSpec, state_dtype
 
@@ -23,7 +26,7 @@ _BORDER = 255
 _MANY = 1 << 16
 
 
-class Step:
+class Step(NamedTuple):
     """What a call has done.
 
     Attributes:
@@ -35,10 +38,10 @@ class Step:
             complete.
     """
 
-    __slots__ = ("base_done", "rest", "work", "y")
-
-    def __init__(self, y: Tensor, base_done: bool, rest: list[int], work: dict[int, int | None]) -> None:
-        self.y, self.base_done, self.rest, self.work = y, base_done, rest, work
+    y: Tensor
+    base_done: bool
+    rest: list[int]
+    work: dict[int, int | None]
 
 
 def decode(
@@ -73,7 +76,8 @@ def decode(
     y = h.new_empty(members, 1, d)
     if members == 0:
         return Step(y, False, [], {})
-    done = bytearray(members)
+    done = (ctypes.c_uint8 * members)()
+    ends = unit_ends(spec.chunk)
     spread = spread_tokens(spec) if state.spreads else 0
     operands = (h.data_ptr(), t.data_ptr())
     rest = (
@@ -82,12 +86,12 @@ def decode(
         state.w.data_ptr(),
         state.tail_h.data_ptr(),
         state.tail_t.data_ptr(),
-        state.spread_values(0, spec.chunk).data_ptr() if spread else None,
+        state.tail_v.data_ptr(),
         state.lanes.data_ptr() if state.lanes.shape[1] else None,
         state.rows.data_ptr(),
         batch.data_ptr(),
         None if pos is None else pos.data_ptr(),
-        native.address(done),
+        ctypes.addressof(done),
         members,
         1 if pos is None else len(pos),
         rows,
@@ -102,6 +106,8 @@ def decode(
         spread,
         factored_limit(d, f, members),
         tokens_ahead(spec),
+        ctypes.addressof(ends),
+        len(ends),
         torch.get_num_threads() if d * f >= _MANY else 1,
     )
     result = function(*operands, y.data_ptr(), *rest, 0)

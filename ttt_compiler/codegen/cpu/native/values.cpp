@@ -112,7 +112,12 @@ struct Values {
   void run(double* sums) const {
     static thread_local std::vector<T> held;
     held.resize(count * dt);
-    convolve(held.data());
+    std::vector<A> taps(kernel * dt);
+    for (int64_t c = 0; c < dt; ++c)
+      for (int64_t k = 0; k < kernel; ++k) taps[k * dt + c] = A(widen(conv[c * kernel + k])) * scale;
+    // Of the tokens that are there, centred, zero beyond them; times eta.
+    for (int64_t i = 0; i < count; ++i)
+      convolved(t, taps.data(), held.data() + i * dt, first + i, rows, dt, kernel);
     if (p) {
       if (count == kFewest)
         project_fewest<T, A>(held.data(), p, out, dt, d, stride, from, to, threads);
@@ -125,24 +130,6 @@ struct Values {
     sums[0] = 0;
     for (int64_t c = from; c < to; ++c) sums[0] += squares<T, A>(out + c * stride, count, 1);
     sums[1] = from == 0 && to > 0 ? squares<T, A>(h, count * f, 1) : 0;
-  }
-
-  // Tokens [first, first + count) of those that are there, centred, zero beyond them; times eta.
-  void convolve(T* u) const {
-    std::vector<A> taps(kernel * dt);
-    for (int64_t c = 0; c < dt; ++c)
-      for (int64_t k = 0; k < kernel; ++k) taps[k * dt + c] = A(widen(conv[c * kernel + k])) * scale;
-    std::vector<A> sum(dt);
-    for (int64_t i = 0; i < count; ++i) {
-      std::fill(sum.begin(), sum.end(), A(0));
-      for (int64_t k = 0; k < kernel; ++k) {
-        const int64_t row = first + i + k - kernel / 2;
-        if (row < 0 || row >= rows) continue;
-#pragma omp simd
-        for (int64_t c = 0; c < dt; ++c) sum[c] += taps[k * dt + c] * A(widen(t[row * dt + c]));
-      }
-      for (int64_t c = 0; c < dt; ++c) narrow(u[i * dt + c], sum[c]);
-    }
   }
 };
 
