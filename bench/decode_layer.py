@@ -136,11 +136,18 @@ def _seconds(call: Callable[[], object]) -> float:
     return time.thread_time() - start
 
 
-def across_a_chunk(decoding: Decoding, clock: Callable[[], float], rounds: int) -> list[float]:
-    """Seconds of each of C steps, of which the last one completes a chunk: medians over ``rounds`` chunks."""
+def across_a_chunk(
+    decoding: Decoding, clock: Callable[[], float], rounds: int, *, again: bool
+) -> list[float]:
+    """Seconds of each of C steps, of which the last one completes a chunk: medians over ``rounds`` chunks.
+
+    With ``again`` it is the same chunk each time, else one behind the other.
+    """
     assert decoding.place.past % decoding.place.chunk == 0
     taken = []
     for _ in range(rounds):
+        if again:
+            decoding.site.rows.copy_(decoding.begin)
         steps = []
         for _ in range(decoding.place.chunk):
             start = clock()

@@ -11,12 +11,13 @@ import torch
 from tests.codegen.test_step import KEY, LR, RULES, K, feed, fresh, problem, spec
 from tests.tolerances import assert_within_budget, relative_error
 from ttt_compiler.codegen import reference
-from ttt_compiler.codegen.cpu import native, spread, step
-from ttt_compiler.codegen.cpu.native.values import values_of
+from ttt_compiler.codegen.cpu import native, step
+from ttt_compiler.codegen.cpu.native.units import make_units, units
 from ttt_compiler.codegen.layout import (
     COLUMNS,
     DONE,
     LEFT,
+    SEEN,
     SKIPPED,
     VALUES,
     WRITES,
@@ -86,73 +87,69 @@ def test_a_write_takes_as_many_steps_as_the_tail_has_room_for():
     assert left == [width, 24, 8, 0]
 
 
-def test_what_python_has_to_do_is_at_the_border_and_for_each_block(monkeypatch):
+def test_python_has_nothing_to_do(monkeypatch):
     one, state = spec(CHUNK), fresh(spec(CHUNK), 1, spread=True)
     entered = []
     call = step._Call
     monkeypatch.setattr(step, "_Call", lambda *a: entered.append(i) or call(*a))
     args = problem(1, 2 * CHUNK)
+    ahead = []
     for i in range(2 * CHUNK):
         feed(state, one, args, i, i + 1)
+        ahead.append(column(state, VALUES)[0])
+    assert not entered
     # Four units of 4 tokens a chunk: each once its tokens are followed by two more, the last at the end.
-    assert spread.units(CHUNK) == 4
-    assert len(entered) == 8
-    assert entered[0] + 1 >= 6
-    assert entered[3] == CHUNK - 1
+    assert len(units(CHUNK)) == 4
+    assert ahead[:CHUNK] == [max(0, i - 1) // 4 for i in range(CHUNK - 1)] + [0]
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 8, 9, 31, 32, 40, 63, 64, 65, 96, 100, 512])
+@pytest.mark.parametrize("chunk", [1, 7, 8, 9, 31, 32, 40, 63, 64, 65, 96, 100, 128, 200, 512])
 def test_units_cover_a_chunk_once(chunk):
-    made = torch.zeros(10, chunk, dtype=torch.int64)
-    ends = []
-    for index in range(spread.units(chunk)):
-        (first, stop), (low, high) = spread.unit(index, chunk, 10)
-        made[low:high, first:stop] += 1
-        ends.append(stop)
+    made = torch.zeros(chunk, dtype=torch.float64)
+    last = (0, 0)
+    for unit in units(chunk):
+        made[unit.first : unit.stop] += 1 / unit.parts
+        assert (unit.first, unit.part) >= last
+        last = unit.first, unit.part
+        # There is room for the convolution behind them.
+        assert unit.parts == 1 or 2 * unit.stop - unit.first <= chunk
     assert bool((made == 1).all())
-    assert ends == sorted(ends)
-    assert ends[-1] - spread.unit(len(ends) - 1, chunk, 10)[0][0] <= 4
+    assert unit.stop - unit.first <= 4
 
 
-@pytest.mark.parametrize(("chunk", "late"), [(100, 0), (100, 60), (100, 95), (64, 63), (96, 90)])
-def test_v_is_made_at_an_even_pace(chunk, late, monkeypatch):
+def units_per_step(state, one, args, start, stop):
+    """Most units of v that one step makes, of all rows together; the chunk ends behind ``stop``."""
+    most, before = 0, sum(column(state, VALUES))
+    for i in range(start, stop):
+        feed(state, one, args, i, i + 1)
+        now = sum(column(state, VALUES))
+        most, before = max(most, now - before), now
+    return most
+
+
+@pytest.mark.parametrize(("chunk", "late"), [(100, 0), (100, 60), (100, 95), (64, 63), (96, 90), (160, 80)])
+def test_v_is_made_at_an_even_pace(chunk, late):
     """Also behind a long call that ends near the border: it makes itself what there would be no time for."""
     one, args = spec(chunk), problem(1, 2 * chunk)
     state = fresh(one, 1, spread=True)
-    made = []
-    values_of = spread.values_of
-    monkeypatch.setattr(spread, "values_of", lambda *a: made.append(1) or values_of(*a))
-    begin = chunk // 2 + late // 2 if late else 0
     if late:
         feed(state, one, args, 0, late)
-        begin = late
-        made.clear()
-    per_step = []
-    for i in range(begin, chunk):
-        feed(state, one, args, i, i + 1)
-        per_step.append(len(made))
-        made.clear()
+    most = units_per_step(state, one, args, late, chunk - 1)
+    assert most <= 2
+    assert len(units(chunk)) - column(state, VALUES)[0] <= 2
+    feed(state, one, args, chunk - 1, chunk)
     assert column(state, LEFT) == [40]
-    assert max(per_step) <= 2
     v = LR * reference.target(args[1][0, :chunk], args[3], args[4])
     assert relative_error(state.sites[KEY].spread_values(0, chunk).t(), v) < 1e-12
 
 
-def test_rows_of_a_batch_make_v_in_turn(monkeypatch):
-    one, batch = spec(96), 4
+def test_rows_of_a_batch_make_v_in_turn():
+    one, batch = spec(160), 4
     state = fresh(one, batch, spread=True)
-    made = []
-    values_of = spread.values_of
-    monkeypatch.setattr(spread, "values_of", lambda *a: made.append(1) or values_of(*a))
-    args = problem(batch, 96)
-    most = 0
-    for i in range(96):
-        feed(state, one, args, i, i + 1)
-        if i < 60:
-            most = max(most, len(made))
-        made.clear()
+    args = problem(batch, 160)
+    assert 0 < units_per_step(state, one, args, 0, 120) < batch
+    units_per_step(state, one, args, 120, 160)
     assert column(state, LEFT) == [40] * batch
-    assert most < batch
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -320,21 +317,18 @@ def test_no_rows_at_all():
     assert feed(state, spec(CHUNK), args, 0, 1).shape == (0, 1, 24)
 
 
-def test_beams_make_no_v_ahead(monkeypatch):
+def test_beams_make_no_v_ahead():
     """They change places at every token, and v stands where a row stood."""
     one, args = spec(CHUNK), problem(2, 3 * CHUNK)
     state = fresh(one, 2, spread=True, shared_lanes=True)
-    made = []
-    values_of = spread.values_of
-    monkeypatch.setattr(spread, "values_of", lambda *a: made.append(1) or values_of(*a))
     rows = [[], []]
     for i in range(3 * CHUNK):
         feed(state, one, args, i, i + 1)
+        assert max(column(state, VALUES)) <= 0
         rows = [[*r, b] for b, r in enumerate(rows)]
         order = torch.tensor([1, 0]) if i % 2 else torch.tensor([0, 0])
         state.select(order)
         rows = [rows[j] for j in order.tolist()]
-    assert not made
     assert column(state, WRITES) == [3, 3]
     h, t, w0, conv, proj, _ = args
     for b, past in enumerate(rows):
@@ -393,30 +387,44 @@ def test_threads_odd_sizes_and_rows_at_different_places(threads):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kernel", [1, 4, 5, 9])
 @pytest.mark.parametrize(
-    ("count", "depth", "width"),
-    [(1, 2, 2), (4, 33, 50), (4, 16, 16), (8, 16, 16), (8, 24, 33), (11, 65, 130)],
+    ("chunk", "depth", "width"),
+    [(3, 2, 2), (6, 8, 8), (11, 65, 130), (70, 33, 50), (70, 50, 33), (128, 16, 16), (150, 130, 130)],
 )
-def test_v_of_a_few_tokens(dtype, kernel, count, depth, width):
-    rows, first = count + 6, 2
-    t, h = torch.randn(rows, depth).to(dtype), torch.randn(count, 7).to(dtype)
+def test_v_is_the_reference_whenever_it_is_made(dtype, kernel, chunk, depth, width):
+    """At once, and unit by unit, from a ring that begins anywhere; also where the source is wider than D."""
+    one = dataclasses.replace(spec(chunk), d_model=width, d_target=depth, conv_kernel=kernel)
+    t, h = torch.randn(chunk, depth).to(dtype), torch.randn(chunk, 40).to(dtype)
     conv, proj = torch.randn(depth, 1, kernel).to(dtype), torch.randn(depth, width).to(dtype)
-    for p in (proj, torch.stack([proj, proj], 2)[:, :, 0], None):
-        held = torch.full((depth if p is None else width, count + 3), float("nan"), dtype=dtype)
-        out = held[:, 2 : 2 + count]
-        half = len(out) // 2
-        norms = [values_of(t, h, first, conv, p, 0.5, out, c) for c in ((0, half), (half, len(out)))]
-        assert norms[1][1] == 0
-        norms = math.hypot(norms[0][0], norms[1][0]), norms[0][1]
-        ours, plain, exact = (
-            out,
-            *(
-                reference.target(*(None if x is None else x.to(wide) for x in (t, 0.5 * conv, p)))
-                for wide in (dtype, torch.float64)
-            ),
+    turned = torch.stack([proj, proj], 2)[:, :, 0]
+    for p in (proj, turned, *([None] if depth == width else [])):
+        made = []
+        for done, most in ((0, 1000), (0, 1), (1, 1), (2, 2)):
+            state = fresh(one, 3, dtype, spread=True, shared_lanes=done == 2).sites[KEY]
+            counts = [0] * state.rows.shape[1]
+            counts[SEEN], counts[DONE] = (done + 1) * chunk, done
+            places = torch.arange(done * chunk, (done + 1) * chunk) % state.capacity
+            lane = 1
+            if done == 2:
+                lane = places % 3
+                state.lanes[1, places] = lane.to(torch.int32)
+            state.tail_h[lane, places], state.tail_t[lane, places] = h, t
+            state.spread_values(0, chunk).fill_(float("nan"))
+            state.spread_values(2, chunk).fill_(float("nan"))
+            while counts[VALUES] < len(units(chunk)):
+                before = counts[VALUES]
+                make_units(counts, 1, state, conv, p, one, most)
+                assert before < counts[VALUES] <= before + most
+            made.append((state.spread_values(1, chunk), state.norms[1, 3:]))
+            assert state.tail_v[[0, 2]].isnan().all()
+        for v, norms in made:
+            assert torch.equal(v, made[0][0])
+            assert torch.equal(norms, made[0][1])
+        ours = made[0][0]
+        plain, exact = (
+            reference.target(*(None if x is None else x.to(wide) for x in (t, LR * conv, p)))
+            for wide in (dtype, torch.float64)
         )
-        some = slice(first, first + count)
-        assert_within_budget(ours, plain[some].t(), exact[some].t())
-        assert held[:, :2].isnan().all()
-        assert held[:, -1].isnan().all()
-        for norm, x in zip(norms, (out, h), strict=True):
-            assert math.isclose(norm, float(x.double().norm()), rel_tol=1e-6)
+        # Of an even kernel it has one token more.
+        assert_within_budget(ours, plain[:chunk].t(), exact[:chunk].t())
+        for norm, x in zip(made[0][1].tolist(), (ours, h), strict=True):
+            assert math.isclose(norm, float(x.double().norm()), rel_tol=1e-5)

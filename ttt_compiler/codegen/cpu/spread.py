@@ -4,23 +4,20 @@ When the last token of a chunk arrives, v of its last tokens is made, and the wr
 step reads the chunk's tokens in factored form where the write has not come to yet, and writes as many columns
 of W as bring it to its end after S steps (:func:`~ttt_compiler.codegen.layout.spread_tokens`). v is made
 while the chunk fills, in units of tokens and columns that are always the same ones, so v does not depend on
-when it was made, bit for bit; nor does W on when its columns were written. May be changed here: the units.
-When one is due says ``native/decode.cpp``; the steps themselves are in C++, and so a write begins only where
-there is a compiler.
+when it was made, bit for bit (:mod:`.native.units`); nor does W on when its columns were written. The steps
+themselves are in C++ (``native/decode.cpp``), and so a write begins only where there is a compiler. May be
+changed here: what a call does that is no such step.
 """
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Sequence
-from ctypes import Array, c_int64
 
 import torch
 from torch import Tensor
 
 from ttt_compiler.codegen.cpu import native
-from ttt_compiler.codegen.cpu.native.values import values_of
+from ttt_compiler.codegen.cpu.native.units import make_units, units
 from ttt_compiler.codegen.cpu.slots import RowMatrix
 from ttt_compiler.codegen.cpu.tail import RowTail
 from ttt_compiler.codegen.layout import (
@@ -33,43 +30,9 @@ from ttt_compiler.codegen.layout import (
     WRITES,
     StateTensors,
     live_start,
+    spread_tokens,
 )
 from ttt_compiler.spec import SiteSpec
-
-# A unit of v is 32 tokens and an eighth of P's columns, so that P is read once for 32 tokens: reading it is
-# most of what v costs. Of a chunk's last tokens, which come late, it is 4 tokens and all columns.
-TOKENS, PARTS, LAST_TOKENS = 32, 8, 4
-
-
-def units(chunk: int) -> int:
-    """How many units of v a chunk has."""
-    return _wide(chunk) * PARTS + -(-(chunk - _wide(chunk) * TOKENS) // LAST_TOKENS)
-
-
-def unit(index: int, chunk: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Tokens of a chunk, and columns of ``width``, from and to, of a unit."""
-    last = index - _wide(chunk) * PARTS
-    if last < 0:
-        first, part = index // PARTS * TOKENS, index % PARTS
-        return (first, first + TOKENS), (width * part // PARTS, width * (part + 1) // PARTS)
-    first = _wide(chunk) * TOKENS + last * LAST_TOKENS
-    return (first, min(first + LAST_TOKENS, chunk)), (0, width)
-
-
-@functools.cache
-def unit_ends(chunk: int) -> Array[c_int64]:
-    """Of every unit the token behind its last one."""
-    return (c_int64 * units(chunk))(*(unit(i, chunk, PARTS)[0][1] for i in range(units(chunk))))
-
-
-def _wide(chunk: int) -> int:
-    """Spans of ``TOKENS`` in front of the last ones."""
-    return max(0, (chunk - TOKENS) // TOKENS)
-
-
-def tokens_ahead(spec: SiteSpec) -> int:
-    """How many tokens behind its own v of a token sees."""
-    return spec.conv_kernel - 1 - spec.conv_kernel // 2
 
 
 class Spread:
@@ -97,27 +60,16 @@ class Spread:
 
         conv ``[Dt, 1, K]``, proj ``[Dt, D]`` or None.
         """
-        me, sums, ahead = self.me, self.state.norms[self.row], tokens_ahead(self.spec)
-        start = me[DONE] * self.chunk
-        there = me[SEEN] - start
-        for index in range(me[VALUES], min(me[VALUES] + count, units(self.chunk))):
-            (first, stop), columns = unit(index, self.chunk, self.spec.d_model)
-            if min(stop + ahead, self.chunk) > there:
-                return
-            low, high = max(0, first - self.spec.conv_kernel // 2), min(stop + ahead, self.chunk)
-            h, t = self.tail.read(start + low, high - low)
-            norms = values_of(
-                *(t, h[first - low : stop - low], first - low, conv, proj),
-                *(self.spec.write_scale, self.values[:, first:stop], columns),
-            )
-            so_far = sums[OF_V:].tolist() if index else (0.0, 0.0)
-            sums[OF_V:] = sums.new_tensor([math.hypot(*x) for x in zip(so_far, norms, strict=True)])
-            me[VALUES] = index + 1
+        make_units(self.me, self.row, self.state, conv, proj, self.spec, count)
 
     def overdue(self) -> int:
-        """Units of v that are more than one for each token which the chunk still lacks."""
-        there = self.me[SEEN] - self.me[DONE] * self.chunk
-        return max(0, units(self.chunk) - self.me[VALUES] - (self.chunk - there))
+        """Units of v that are more than steps make at their usual pace in the tokens which the chunk lacks.
+
+        That is what they have time for between the end of the write before and the chunk's end.
+        """
+        chunk, count = self.chunk, len(units(self.chunk))
+        lacking = chunk - (self.me[SEEN] - self.me[DONE] * chunk)
+        return max(0, count - self.me[VALUES] - lacking * count // (chunk - spread_tokens(self.spec)))
 
     def norms(self) -> tuple[float, float]:
         """Of v and h of the just completed chunk; one is not finite where a number is not."""

@@ -21,8 +21,9 @@ from ttt_compiler.codegen.cpu.conv import convolve
 from ttt_compiler.codegen.cpu.gemm import project, static_apply, workspace
 from ttt_compiler.codegen.cpu.native.decode import decode
 from ttt_compiler.codegen.cpu.native.squares import norm as frobenius
+from ttt_compiler.codegen.cpu.native.units import units
 from ttt_compiler.codegen.cpu.slots import RowMatrix, add_factored
-from ttt_compiler.codegen.cpu.spread import Spread, finish_write, units
+from ttt_compiler.codegen.cpu.spread import Spread, finish_write
 from ttt_compiler.codegen.cpu.tail import RowTail, append_tokens
 from ttt_compiler.codegen.layout import (
     CACHED,
@@ -80,15 +81,15 @@ def fast_weight_step(
         NonFiniteWriteError: a complete chunk holds NaN or Inf and is not skipped. Its write is not made.
     """
     length = h.shape[1]
-    step = decode(h, t, w0, bias, pos, spec, state, batch) if length == 1 else None
-    if step is not None and not step.rest and not step.work:
+    step = decode(h, t, w0, bias, conv, proj, pos, spec, state, batch) if length == 1 else None
+    if step is not None and not step.rest and not step.complete:
         return step.y
     call = _Call(h.contiguous(), t.contiguous(), w0, bias, conv, proj, spec, state, len(batch))
     members = batch.tolist()
     rows = [_Row(call, member) for member in members]
     rest = list(range(len(rows))) if step is None else step.rest
-    for b, count in step.work.items() if step is not None else ():
-        rows[b].spread_write(count)
+    for b in step.complete if step is not None else ():
+        rows[b].begin_write()
     runs = _token_runs(pos, len(members)) if length == 1 else row_runs(pos, len(members), length)
     if step is not None:
         untouched, base_done, y = False, step.base_done, step.y
@@ -137,8 +138,9 @@ class _Call:
         self.table: list[list[int]] = state.rows.tolist()
         self.revocable = state.revocable(spec)
         self.factored_limit = factored_limit(spec.d_model, spec.d_ff, batch)
-        if spec.rule.decay != 1.0 and state.tail_v.dtype != state.w.dtype:
-            # Decay multiplies what is stored, and a narrow factored row would round each step away.
+        if state.spreads or (spec.rule.decay != 1.0 and state.tail_v.dtype != state.w.dtype):
+            # A write that becomes a matrix cannot be spread while its rows lie in that matrix's place. And
+            # decay multiplies what is stored, where a narrow factored row would round each step away.
             self.factored_limit = 0
         self._limit: Tensor | None = None
 
@@ -195,34 +197,28 @@ class _Row:
         if call.state.spreads:
             finish_write(call.table, self.index, call.state, call.spec, call.w0)
 
-    def spread_write(self, count: int | None) -> None:
-        """After a step in C++: make ``count`` units of v; None: the chunk is complete, begin its write."""
+    def begin_write(self) -> None:
+        """After a step in C++ that has completed a chunk, and left this to us."""
         call, counts = self.call, self.counts
-        complete = count is None
-        if call.still:
-            counts[DONE] += complete
-            counts[VALUES] = 0 if complete else NOT_AHEAD
-            return
-        self.spread.make_values(call.conv, call.proj, units(self.chunk) if count is None else count)
-        if complete:
+        if not call.still:
+            self.spread.make_values(call.conv, call.proj, len(units(self.chunk)))
             norms = self.spread.norms()
             if self._is_finite(*norms):
                 self.matrix.own_slot()
                 self.spread.begin()
                 self._record(None, math.prod(norms))
-            else:
-                counts[SKIPPED] += 1
-                counts[DONE] += 1
-                counts[VALUES] = 0
+                return
+            counts[SKIPPED] += 1
+        counts[DONE] += 1
+        counts[VALUES] = 0
 
     def _catch_up(self) -> None:
         """After a longer call: make v that single tokens would have no time for before the chunk's end."""
         call, counts = self.call, self.counts
         spreads = call.state.spreads and not call.revocable and counts[VALUES] != NOT_AHEAD
-        if not spreads or counts[FACTORED] or native.function("values", call.h.dtype) is None:
+        if not spreads or counts[FACTORED] or native.function("units", call.h.dtype) is None:
             return
-        unfolded = counts[WRITES] or (counts[DONE] + 1) * self.chunk > call.factored_limit
-        if unfolded and (count := self.spread.overdue()) and not call.still:
+        if (count := self.spread.overdue()) and not call.still:
             self.spread.make_values(call.conv, call.proj, count)
 
     def reads_only_w0(self, runs: list[Run], length: int) -> bool:

@@ -23,15 +23,16 @@ NAMES = {
     torch.bfloat16: "bfloat16",
     torch.float16: "float16",
 }
-_FILES = ("numbers", "conv", "dots", "squares", "values", "spread", "decode", "blocks", "products")
-_INT, _SIZE, _POINTER, _FLOAT = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
+_FILES = ("numbers", "conv", "dots", "squares", "values", "spread", "units", "decode", "blocks", "products")
+_INT, _SIZE, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
+_FLOAT = ctypes.c_float
 # Per function of one dtype: what it takes, what it returns, and the dtypes that there are.
 _SIGNATURES: dict[str, tuple[list[Any], Any, tuple[str, ...]]] = {
     "conv": ([_POINTER] * 3 + [_SIZE] * 4 + [_INT], None, tuple(NAMES.values())),
     "taps": ([_POINTER] * 3 + [_SIZE] * 4 + [_INT], None, tuple(NAMES.values())),
-    "decode": ([_POINTER] * 14 + [_SIZE] * 14 + [_POINTER, _SIZE, _INT, _INT], _INT, tuple(NAMES.values())),
+    "decode": ([_POINTER, _POINTER, _INT], _INT, tuple(NAMES.values())),
     "spread": ([_POINTER] * 5 + [_SIZE] * 9 + [_INT], None, tuple(NAMES.values())),
-    "values": ([_POINTER] * 6 + [_SIZE] * 10 + [ctypes.c_double, _INT], None, tuple(NAMES.values())),
+    "units": ([_POINTER, _POINTER, _SIZE, _SIZE], None, tuple(NAMES.values())),
     "squares": ([_POINTER, _SIZE, _INT], ctypes.c_double, tuple(NAMES.values())),
     "blocks": ([_POINTER] * 7 + [_SIZE] * 3 + [_INT] * 3, _INT, ("float32", "bfloat16")),
     "wideblocks": ([_POINTER] * 7 + [_SIZE] * 3 + [_INT] * 3, _INT, ("bfloat16", "float16")),

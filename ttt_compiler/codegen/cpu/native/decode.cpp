@@ -1,30 +1,43 @@
 // One token of sequences that only read their matrix and keep the token; see decode.py.
 namespace {
 
-// Columns of the table of rows, and what is returned: together with layout.py and decode.py.
-enum { SEEN, DONE, WRITES, FACTORED, SLOT, LEFT = 8, VALUES = 9 };
-// In ``done``.
-constexpr uint8_t BORDER = 255;
-enum Result { ALL = 0, SOME = 1, NEEDS_BASE = 2, WORK = 4, IS_BASE = 8 };
+// What is returned, and what stands in ``done``: together with decode.py.
+enum Result { ALL = 0, SOME = 1, NEEDS_BASE = 2, BORDER = 4, IS_BASE = 8 };
+enum Done : uint8_t { NOT, KEPT, COMPLETE };
+constexpr int64_t kNotAhead = -1;
+// Steps between two turns of a row at most; near the border, where units of a few tokens are left; and its last steps.
+constexpr int64_t kTurns = 16, kLate = 32, kAtLast = 4;
 
+// As decode.py fills it, 8 bytes a field.
 template <typename T, typename A>
-struct Decode {
+struct Operands {
   const T *h, *t;
   T* y;
   const T *bias, *w0;  // either may be null; w0 where its rows are not in one piece
   A* w;
-  T *tail_h, *tail_t;
-  const T* tail_v;  // [rows, ..], of which the last d * chunk of a row are v of the chunk that is written
-  int32_t* lanes;   // null while every row uses its own
   int64_t* table;
   const int64_t *batch, *pos;  // pos may be null; one of all rows, or of each
-  uint8_t* done;               // of each sequence: 0, or 1 and how many units of v to make, BORDER at the chunk's end
-  int64_t members, positions, rows, columns, d, f, dt, chunk, capacity, w0_stride, values_stride;
-  // Tokens that a write is spread over, most tokens of factored rows, tokens that v looks ahead.
-  int64_t spread, unfolded, ahead;
-  const int64_t* unit_ends;  // of a chunk: the token behind each unit of v
-  int64_t units;
-  int threads;
+  uint8_t* done;               // of each sequence
+  int32_t* lanes;              // null while every row uses its own
+  T *tail_h, *tail_t;
+  int64_t members, positions, rows, columns, w0_stride;
+  int64_t spread;  // tokens that a write is spread over
+};
+
+template <typename T, typename A>
+struct Decode : Operands<T, A> {
+  using Base = Operands<T, A>;
+  using Base::h, Base::t, Base::y, Base::bias, Base::w0, Base::w, Base::table, Base::batch, Base::pos, Base::done;
+  using Base::lanes, Base::tail_h, Base::tail_t, Base::members, Base::positions, Base::rows, Base::columns;
+  using Base::w0_stride, Base::spread;
+  static constexpr A kLargest = std::numeric_limits<A>::max();
+  const Ahead<T, A>& ahead;
+  const int64_t d, f, dt, chunk, capacity;
+  const int threads;
+
+  Decode(const Base& operands, const Ahead<T, A>& of_v)
+      : Base(operands), ahead(of_v), d(of_v.d), f(of_v.f), dt(of_v.dt), chunk(of_v.chunk), capacity(of_v.capacity),
+        threads(int(of_v.threads)) {}
 
   int64_t* row(int64_t b) const { return table + batch[b] * columns; }
   int64_t left(const int64_t* me) const { return spread > 0 ? me[LEFT] : 0; }
@@ -45,7 +58,7 @@ struct Decode {
   // Whether the write of the incomplete chunk will be spread.
   bool spreads(const int64_t* me) const {
     return spread > 0 && capacity == chunk + spread && !me[FACTORED] && !me[LEFT] &&
-           me[VALUES] >= 0 && (me[WRITES] > 0 || (w0 && (me[DONE] + 1) * chunk > unfolded));
+           me[VALUES] >= 0 && (me[WRITES] > 0 || w0);
   }
 
   bool shares_slot(int64_t b) const {
@@ -62,7 +75,7 @@ struct Decode {
     std::vector<int64_t> kept;
     bool some_need = false, all_are = true;
     for (int64_t b = 0; b < members; ++b) {
-      done[b] = keeps(b);
+      done[b] = keeps(b) ? KEPT : NOT;
       if (done[b]) kept.push_back(b);
       some_need |= needs_base(b);
       all_are &= done[b] && row(b)[WRITES] == 0;
@@ -89,29 +102,51 @@ struct Decode {
     return result | work(kept);
   }
 
-  // Whether a chunk is complete, or units of v are due; which ones is noted in ``done``.
+  // v ahead of the chunk's end, and the begin of its write; and whether a chunk is complete whose write is not begun.
   int work(const std::vector<int64_t>& kept) const {
     int result = 0;
     for (int64_t b : kept) {
-      const int64_t* me = row(b);
+      int64_t* me = row(b);
       if (!spreads(me)) continue;
-      if (open(me) == chunk)
-        done[b] = BORDER;
-      else
-        done[b] += uint8_t(units_due(me, batch[b]));
-      if (done[b] > 1) result = WORK;
+      if (open(me) == chunk) {
+        if (begins(b)) continue;
+        done[b] = COMPLETE;
+        result = BORDER;
+      } else if (const int64_t due = units_due(me, batch[b])) {
+        if (me[VALUES] == 0 && ahead.still())
+          me[VALUES] = kNotAhead;
+        else
+          ahead.make(me, batch[b], due);
+      }
     }
     return result;
   }
 
-  // Units are made at an even pace that ends at the border; rows of a batch take turns.
+  // Begins the write of a complete chunk, which counts as written from now on: unless it writes nothing, or not into
+  // a slot of this row alone, or is not finite.
+  bool begins(int64_t b) const {
+    int64_t* me = row(b);
+    if (shares_slot(b) || (me[VALUES] == 0 && ahead.still())) return false;
+    ahead.make(me, batch[b], ahead.count);
+    A* norm = ahead.norms_of(batch[b]);
+    if (!(norm[OF_V] <= kLargest && norm[OF_H] <= kLargest)) return false;
+    ++me[DONE];
+    ++me[WRITES];
+    me[LEFT] = f;
+    me[VALUES] = 0;
+    norm[LAST] = A(double(norm[OF_V]) * double(norm[OF_H]));
+    norm[PEAK] = std::max(norm[PEAK], norm[LAST]);
+    norm[TOTAL] += norm[LAST];
+    return true;
+  }
+
+  // Units are made at an even pace that ends at the border. Rows of a batch take turns, each with all units of its
+  // turn at once: what is read of P and of the tokens is read for all of them. The last tokens come too late for that.
   int64_t units_due(const int64_t* me, int64_t r) const {
-    const int64_t missing = units - me[VALUES], steps = chunk - open(me);
+    const int64_t missing = ahead.count - me[VALUES], steps = chunk - open(me);
     if (missing <= 0) return 0;
-    const int64_t pace = missing < steps ? (me[SEEN] + r) % (steps / missing) == 0 : (missing + steps - 1) / steps;
-    int64_t due = 0;
-    while (due < std::min({pace, missing, int64_t(BORDER - 2)}) && unit_ends[me[VALUES] + due] + ahead <= open(me)) ++due;
-    return due;
+    const int64_t turns = steps <= kAtLast ? 1 : std::clamp<int64_t>(members, 2, steps <= kLate ? kAtLast : kTurns);
+    return (me[SEEN] + r) % turns == 0 ? (missing * turns + steps - 1) / steps : 0;
   }
 
   const A* widened() const {
@@ -130,7 +165,7 @@ struct Decode {
     return {tail_h, lanes ? lanes + batch[b] * capacity : nullptr, batch[b], capacity, f, start(row(b))};
   }
 
-  const T* values_of(int64_t b) const { return tail_v + (batch[b] + 1) * values_stride - d * chunk; }
+  const T* values_of(int64_t b) const { return ahead.values_of(batch[b]); }
 
   // The share of a write that belongs to one step, of all that are as long.
   void write(int64_t b) const {
@@ -232,19 +267,9 @@ struct Decode {
 }  // namespace
 
 #define TTT_DECODE(NAME, T, A)                                                                                   \
-  extern "C" int decode_##NAME(const T* h, const T* t, T* y, const T* bias, const T* w0, A* w, T* tail_h,        \
-                               T* tail_t, const T* tail_v, int32_t* lanes, int64_t* table, const int64_t* batch, \
-                               const int64_t* pos, uint8_t* done, int64_t members, int64_t positions,            \
-                               int64_t rows, int64_t columns, int64_t d, int64_t f, int64_t dt, int64_t chunk,   \
-                               int64_t capacity, int64_t w0_stride, int64_t values_stride, int64_t spread,       \
-                               int64_t unfolded, int64_t ahead, const int64_t* unit_ends, int64_t units,         \
-                               int threads, int base_done) {                                                     \
-    return Decode<T, A>{h,         t,        y,        bias,    w0,     w,    tail_h,                            \
-                        tail_t,    tail_v,   lanes,    table,   batch,  pos,  done,                              \
-                        members,   positions, rows,    columns, d,      f,    dt,                                \
-                        chunk,     capacity, w0_stride, values_stride, spread, unfolded, ahead,                  \
-                        unit_ends, units,    threads}                                                            \
-        .run(base_done != 0);                                                                                    \
+  static_assert(sizeof(Operands<T, A>) == 19 * 8);                                                               \
+  extern "C" int decode_##NAME(const Operands<T, A>* operands, const Ahead<T, A>* ahead, int base_done) {        \
+    return Decode<T, A>(*operands, *ahead).run(base_done != 0);                                                  \
   }
 
 TTT_DECODE(float32, float, float)

@@ -9,21 +9,21 @@ has the same in Python and does all the rest.
 from __future__ import annotations
 
 import ctypes
+from array import array
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
 from ttt_compiler.codegen.cpu import native
-from ttt_compiler.codegen.cpu.spread import tokens_ahead, unit_ends
-from ttt_compiler.codegen.layout import StateTensors, factored_limit, spread_tokens
+from ttt_compiler.codegen.cpu.native.units import ahead_of
+from ttt_compiler.codegen.layout import StateTensors, spread_tokens
 from ttt_compiler.spec import SiteSpec, state_dtype
 
-_SOME, _NEEDS_BASE, _WORK, _IS_BASE = 1, 2, 4, 8
-_BORDER = 255
-# Elements of a matrix from which on more than one thread reads it.
-_MANY = 1 << 16
+_SOME, _NEEDS_BASE, _BORDER, _IS_BASE = 1, 2, 4, 8
+_NOT, _COMPLETE = 0, 2
+# Where y stands among the operands.
+_Y = 2
 
 
 class Step(NamedTuple):
@@ -34,14 +34,14 @@ class Step(NamedTuple):
             for the others.
         base_done: whether a row needed the product with W0.
         rest: sequences that are not done: nothing but ``y`` has changed for them.
-        work: of sequences that are done, how many units of v are to be made; None for those whose chunk is
-            complete.
+        complete: sequences that are done and whose chunk is complete now, but whose write has not begun:
+            it writes nothing, is not finite, or must not go where the sequence's matrix is.
     """
 
     y: Tensor
     base_done: bool
     rest: list[int]
-    work: dict[int, int | None]
+    complete: list[int]
 
 
 def decode(
@@ -49,6 +49,8 @@ def decode(
     t: Tensor,
     w0: Tensor,
     bias: Tensor | None,
+    conv: Tensor,
+    proj: Tensor | None,
     pos: Tensor | None,
     spec: SiteSpec,
     state: StateTensors,
@@ -66,58 +68,54 @@ def decode(
         or not dtype == t.dtype == w0.dtype == state.tail_h.dtype == state.tail_t.dtype
         or state.w.dtype != state_dtype(dtype)
         or (bias is not None and (bias.dtype != dtype or not bias.is_contiguous()))
+        or not (dtype == conv.dtype and conv.is_contiguous())
+        or (proj is not None and not (dtype == proj.dtype and proj.is_contiguous()))
         or not all(x.is_contiguous() for x in (*state, batch))
     ):
         return None
     h, t = h.contiguous(), t.contiguous()
     if pos is not None:
         pos = pos.long().contiguous()
-    (members, _, f), d, (rows, columns) = h.shape, w0.shape[0], state.rows.shape
+    members, d, (rows, columns) = len(h), w0.shape[0], state.rows.shape
     y = h.new_empty(members, 1, d)
     if members == 0:
-        return Step(y, False, [], {})
-    done = (ctypes.c_uint8 * members)()
-    ends = unit_ends(spec.chunk)
-    spread = spread_tokens(spec) if state.spreads else 0
-    operands = (h.data_ptr(), t.data_ptr())
-    rest = (
-        None if bias is None else bias.data_ptr(),
-        w0.data_ptr() if w0.stride(1) == 1 else None,
-        state.w.data_ptr(),
-        state.tail_h.data_ptr(),
-        state.tail_t.data_ptr(),
-        state.tail_v.data_ptr(),
-        state.lanes.data_ptr() if state.lanes.shape[1] else None,
-        state.rows.data_ptr(),
-        batch.data_ptr(),
-        None if pos is None else pos.data_ptr(),
-        ctypes.addressof(done),
-        members,
-        1 if pos is None else len(pos),
-        rows,
-        columns,
-        d,
-        f,
-        t.shape[2],
-        spec.chunk,
-        state.capacity,
-        w0.stride(0),
-        state.tail_v.stride(0),
-        spread,
-        factored_limit(d, f, members),
-        tokens_ahead(spec),
-        ctypes.addressof(ends),
-        len(ends),
-        torch.get_num_threads() if d * f >= _MANY else 1,
+        return Step(y, False, [], [])
+    done = bytearray(members)
+    ahead = ahead_of(state, conv, proj, spec)
+    operands = array(
+        "q",
+        (
+            h.data_ptr(),
+            t.data_ptr(),
+            y.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            w0.data_ptr() if w0.stride(1) == 1 else 0,
+            state.w.data_ptr(),
+            state.rows.data_ptr(),
+            batch.data_ptr(),
+            0 if pos is None else pos.data_ptr(),
+            ctypes.addressof(ctypes.c_char.from_buffer(done)),
+            state.lanes.data_ptr() if state.lanes.shape[1] else 0,
+            state.tail_h.data_ptr(),
+            state.tail_t.data_ptr(),
+            members,
+            1 if pos is None else len(pos),
+            rows,
+            columns,
+            w0.stride(0),
+            spread_tokens(spec) if state.spreads else 0,
+        ),
     )
-    result = function(*operands, y.data_ptr(), *rest, 0)
+    addresses = operands.buffer_info()[0], ahead.buffer_info()[0]
+    result = function(*addresses, 0)
     base_done = bool(result & (_NEEDS_BASE | _IS_BASE))
     if base_done:
         # One read of W0 for all rows, by the base model's own projection: static_apply's product, in one
         # call, since each costs microseconds after a matrix went through the cache.
         y = functional.linear(h, w0, bias)
     if result & _NEEDS_BASE:
-        result = function(*operands, y.data_ptr(), *rest, 1)
-    left = [b for b in range(members) if not done[b]] if result & _SOME else []
-    work = {b: None if x == _BORDER else x - 1 for b, x in enumerate(done) if x > 1} if result & _WORK else {}
-    return Step(y, base_done, left, work)
+        operands[_Y] = y.data_ptr()
+        result = function(*addresses, 1)
+    left = [b for b in range(members) if done[b] == _NOT] if result & _SOME else []
+    complete = [b for b in range(members) if done[b] == _COMPLETE] if result & _BORDER else []
+    return Step(y, base_done, left, complete)

@@ -14,9 +14,13 @@ inline void dots(const M* m, const A* h, A* s, int64_t width, int64_t stride) {
   A sum[N][kLanes] = {};
   int64_t f = 0;
   for (; f + kLanes <= width; f += kLanes)
-    for (int n = 0; n < N; ++n)
+    for (int n = 0; n < N; ++n) {
+      // The next rows, into the second cache: a matrix comes from memory, since a model's other weights have
+      // passed through the last one. 26 GB/s for 21; but where it is there, 54 for 64.
+      if (N == kRows && f * int64_t(sizeof(M)) % 64 == 0) __builtin_prefetch(m + (n + N) * stride + f, 0, 2);
 #pragma omp simd
       for (int j = 0; j < kLanes; ++j) sum[n][j] += A(widen(m[n * stride + f + j])) * h[f + j];
+    }
   for (int n = 0; n < N; ++n) {
     s[n] = 0;
     for (int j = 0; j < kLanes; ++j) s[n] += sum[n][j];

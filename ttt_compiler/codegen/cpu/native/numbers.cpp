@@ -1,7 +1,9 @@
 // Numbers as they are stored and as they are summed. First of the files that are one library; see __init__.py.
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 #include <vector>
 #if defined(__AVX512BF16__)
