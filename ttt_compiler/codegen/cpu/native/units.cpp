@@ -55,8 +55,8 @@ struct Ahead {
   void multiply(const int64_t* me, int64_t r, const Unit& unit, int64_t last) const {
     T* v = values_of(r);
     const int64_t size = unit.stop - unit.first, low = std::max<int64_t>(0, unit.first - kernel / 2);
-    // The tokens behind have no v yet: there is room for the convolution, unless it is wider.
-    T* mixed = unit.parts > 1 && dt <= d ? v + unit.stop : nullptr;
+    // The tokens behind have no v yet: there is room for the convolution, unless it is wider, or they are fewer.
+    T* mixed = unit.stop + size <= chunk && dt <= d ? v + unit.stop : nullptr;
     Values<T, A>{tokens(me, r, low, reach(unit)),
                  conv,
                  p,

@@ -23,8 +23,8 @@ from ttt_compiler.codegen.layout import VALUES, StateTensors
 from ttt_compiler.spec import SiteSpec
 
 # Tokens of a unit, and how many units share them: such that as little is read of P as of the tokens. The last
-# tokens of a chunk come late: all columns of a few.
-_SPANS, _LAST = ((64, 16), (32, 8), (16, 4)), 4
+# tokens of a chunk come late: many columns of a few.
+_SPANS, _LAST = ((64, 16), (32, 8)), (4, 2)
 # Elements of W from which on more than one thread reads it, and makes v.
 _MANY = 1 << 16
 
@@ -55,7 +55,9 @@ def units(chunk: int) -> tuple[Unit, ...]:
         while chunk - first >= 2 * tokens:
             found += [Unit(first, first + tokens, part, parts) for part in range(parts)]
             first += tokens
-    found += [Unit(i, min(i + _LAST, chunk), 0, 1) for i in range(first, chunk, _LAST)]
+    tokens, parts = _LAST
+    for i in range(first, chunk, tokens):
+        found += [Unit(i, min(i + tokens, chunk), part, parts) for part in range(parts)]
     return tuple(found)
 
 
