@@ -150,6 +150,12 @@ def of(kind: str, *, tuned: bool | None = False, **sizes: object) -> Callable[[C
     return about
 
 
+def decoding(batch: int, there: Callable[[int], bool]) -> Callable[[Case], bool]:
+    """Steps of so many rows, at these places of a text."""
+    about = of("decode", batch=batch, d=1024)
+    return lambda case: about(case) and there(int(case.shape["past"]))
+
+
 def faster(what: str, least: float, name: str, about: Callable[[Case], bool]) -> Goal:
     """Ours is at least ``least`` times as fast as a competitor."""
     return Goal(f"{what}: {name} / ours", least, gain(name), about, least=True, against=name)
@@ -189,8 +195,13 @@ def goals() -> Iterator[Goal]:
     about = of("memory, training", d=1024)
     yield Goal("training step, T=8192 C=512: extra memory / official form's", 0.2, extra_memory(8192), about)
     yield Goal("training step: extra memory grows with (T/C)^x", 0.05, growth_with_chunks, about)
-    yield Goal("decode, B=1: / static", 1.05, over("static"), of("decode", batch=1, d=1024))
-    yield Goal("decode, B=16: / byte floor", 1.2, over_floor, of("decode", batch=16, d=1024))
+    for where, there in (
+        ("before the first write", lambda past: past == 0),
+        ("while v of a chunk is made", lambda past: past == 256),
+        ("a matrix a row", lambda past: past >= 1024),
+    ):
+        yield Goal(f"decode, B=1, {where}: / static", 1.05, over("static"), decoding(1, there))
+        yield Goal(f"decode, B=16, {where}: / byte floor", 1.2, over_floor, decoding(16, there))
     yield Goal("decode, one layer: longest step / median, C<=512", 3.0, border, of("border", d=1024))
     for name in MODELS:
         what = f"decode, {name}, every 6th layer: longest step / median, C=512"

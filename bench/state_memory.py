@@ -2,8 +2,8 @@
 
     python -m bench.state_memory          # SmolLM2-135M, every 6th layer, C=256; a minute
 
-The process is looked at three times: after a session is made, when its rows are factored, and when every row
-has a matrix of its own. Keys and values are subtracted by their exact size.
+The process is looked at after a session is made, and when every row has a matrix of its own. Keys and values are
+subtracted by their exact size.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 
 import ttt_compiler as ttt
-from ttt_compiler.codegen.layout import FACTORED, factored_limit
 from ttt_compiler.pretrained import load_pretrained
 from ttt_compiler.runtime.tables import bytes_per_sequence
 
@@ -50,7 +49,6 @@ def main() -> None:
         if name.rpartition(".")[2].startswith("ttt_"):
             p.copy_(torch.randn(p.shape) * 0.02)
     model.compile(backend="inplace_ttt_eager", dynamic=True)
-    spec = ttt.Session(model).state.specs[0]
 
     def read(session: ttt.Session, tokens: int) -> None:
         ids = torch.randint(
@@ -63,25 +61,20 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     table = []
     for batch in (2,) if a.quick else (1, 2, 4, 8):
-        few = factored_limit(spec.d_model, spec.d_ff, batch) // a.chunk * a.chunk
-        many = few + a.chunk
         # Once before, so that workspaces and compiled code are there.
-        read(ttt.Session(model, batch), many)
+        read(ttt.Session(model, batch), a.chunk)
         start = resident()
         session = ttt.Session(model, batch)
-        for tokens in (0, few, many) if few else (0, many):
+        for tokens in (0, a.chunk):
             read(session, tokens)
             said = session.describe()
-            key = session.state.specs[0].key
-            factored = bool(session.state.column(key, FACTORED)[0])
-            assert factored == (0 < tokens <= few)
             formula = bytes_per_sequence(session.state.specs, torch.float32, spread=True)
             assert formula * batch == session.state.nbytes
             held = resident() - start - said["cache_bytes"]
             row = {
                 "batch": batch,
                 "tokens": session.tokens_seen[0],
-                "form": "factored" if factored else "dense" if tokens else "W0",
+                "form": "dense" if tokens else "W0",
                 "formula_bytes": formula,
                 "tensor_ratio": session.state.nbytes / (formula * batch),
                 "process_ratio": held / (formula * batch),
