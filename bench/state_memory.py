@@ -2,8 +2,8 @@
 
     python -m bench.state_memory          # SmolLM2-135M, every 6th layer, C=256; a minute
 
-The process is looked at after a session is made, and when every row has a matrix of its own. Keys and values are
-subtracted by their exact size.
+The process is looked at after a session is made, and when every row has a matrix of its own. Keys and values
+are subtracted by their exact size.
 """
 
 from __future__ import annotations
