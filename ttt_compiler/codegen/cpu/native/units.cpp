@@ -97,8 +97,10 @@ struct Ahead {
     norm = A(std::hypot(first ? 0.0 : double(norm), one));
   }
 
+  // The first column of a part. Part 0 of many tokens is their convolution alone, and has none.
   int64_t edge(const Unit& unit, int64_t part) const {
-    return std::min(d, (d * part / unit.parts + kEdge - 1) / kEdge * kEdge);
+    const int64_t alone = unit.stop - unit.first > kFewest, parts = unit.parts - alone;
+    return std::min(d, (d * std::max<int64_t>(0, part - alone) / parts + kEdge - 1) / kEdge * kEdge);
   }
 
   // Targets of tokens [low, high) of the chunk, one after the other.

@@ -22,9 +22,9 @@ from ttt_compiler.codegen.cpu import native
 from ttt_compiler.codegen.layout import VALUES, StateTensors
 from ttt_compiler.spec import SiteSpec
 
-# Tokens of a unit, and how many units share them: such that as little is read of P as of the tokens. The last
-# tokens of a chunk come late: many columns of a few.
-_SPANS, _LAST = ((64, 16), (32, 8)), (4, 2)
+# Tokens of a unit, and how many units share them: the first one is their convolution, the others have so many
+# columns that as little is read of P as of the tokens. A chunk's last tokens come late: many columns of few.
+_SPANS, _LAST = ((64, 1 + 16), (32, 1 + 8)), (4, 2)
 # Elements of W from which on more than one thread reads it, and makes v.
 _MANY = 1 << 16
 

@@ -147,7 +147,7 @@ struct Values {
         convolve(held);
         turned(held.data(), x, count, dt, apart);
       }
-      if (p)
+      if (p && from < to)
         project<T, A>(x, apart, p, out, count, dt, d, stride, from, to, threads);
       else
         for (int64_t c = from; c < to; ++c) std::copy_n(x + c * apart, count, out + c * stride);
