@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from tests.codegen.test_step import KEY, LR, RULES, K, feed, fresh, problem, spec
+from tests.codegen.test_step import KEY, LR, RULES, K, feed, final_weight, fresh, problem, spec
 from tests.tolerances import assert_within_budget, relative_error
 from ttt_compiler.codegen import reference
 from ttt_compiler.codegen.cpu import native, step
@@ -107,10 +107,10 @@ def test_python_has_nothing_to_do(monkeypatch):
 @pytest.mark.parametrize("chunk", [1, 7, 8, 9, 31, 32, 40, 63, 64, 65, 96, 100, 128, 200, 512])
 def test_units_cover_a_chunk_once(chunk):
     made = torch.zeros(chunk, dtype=torch.float64)
-    last = (0, 0)
+    last = (-1, 0)
     for unit in units(chunk):
         made[unit.first : unit.stop] += 1 / unit.parts
-        assert (unit.first, unit.part) >= last
+        assert (unit.first, unit.part) > last
         last = unit.first, unit.part
         # There is room for the convolution behind them, but for the last ones.
         assert unit.stop - unit.first <= 4 or 2 * unit.stop - unit.first <= chunk
@@ -318,6 +318,63 @@ def test_no_rows_at_all():
     assert feed(state, spec(CHUNK), args, 0, 1).shape == (0, 1, 24)
 
 
+@pytest.mark.parametrize("what", ["clone", "select", "follow", "call", "strange"])
+def test_v_of_a_span_is_made_in_part_when_something_else_comes(what):
+    """The convolution stands in columns of later tokens: it goes where its row goes, or is made again."""
+    chunk, batch = 150, 3
+    one = dataclasses.replace(spec(chunk), d_model=130, d_target=130)
+    g = torch.Generator().manual_seed(0)
+    length = 2 * chunk
+    sizes = ((batch, length, 40), (batch, length, 130), (130, 40), (130, 1, K), (130, 130), (130,))
+    args = [torch.randn(s, generator=g, dtype=torch.float64) * 0.1 for s in sizes]
+    state = fresh(one, batch, spread=True)
+    i = 0
+    while not all(1 < x < 17 for x in column(state, VALUES)):
+        feed(state, one, args, i, i + 1)
+        i += 1
+    rows, conv = list(range(batch)), args[3]
+    if what == "clone":
+        other, state = state, state.clone()
+        decode(other, one, [args[0] * 2, args[1] * 3, *args[2:]], i, chunk)
+    elif what == "select":
+        rows = [2, 0, 2]
+        state.select(torch.tensor(rows))
+    elif what == "follow":
+        conv = conv * 2
+        state.follow("one")
+        state.follow("other")
+    elif what == "call":
+        ahead = column(state, VALUES)
+        feed(state, one, [args[0][rows], *args[1:]], i, i + 20)
+        assert all(a <= b for a, b in zip(ahead, column(state, VALUES), strict=True))
+        i += 20
+    proj = args[4].t().contiguous().t() if what == "strange" else args[4]
+    now = [args[0][rows], args[1][rows], args[2], conv, proj, args[5]]
+    decode(state, one, now, i, chunk + 1)
+    if what != "select":
+        assert min(column(state, LEFT)) > 0
+    feed(state, one, now, chunk + 1, length)
+    assert column(state, WRITES) == [2] * batch
+    for b in range(batch):
+        h, t, w0, conv, proj, _ = now
+        w = reference.chunked(h[b], t[b], w0, conv, proj, LR, chunk, None, one.rule)[1]
+        assert relative_error(state.matrix(KEY, b, w0), w) < 1e-12
+
+
+def test_v_that_is_there_is_used_by_a_longer_call(monkeypatch):
+    one, args = spec(160), problem(2, 320)
+    state = fresh(one, 2, spread=True)
+    decode(state, one, args, 0, 150)
+    assert min(column(state, VALUES)) > 0
+    made = []
+    values = step._Call.values
+    monkeypatch.setattr(step._Call, "values", lambda *a: made.append(1) or values(*a))
+    feed(state, one, args, 150, 320)
+    assert len(made) == 2, "of the second chunk of both rows"
+    for b in range(2):
+        assert relative_error(state.matrix(KEY, b, args[2]), final_weight(one, args, b)) < 1e-12
+
+
 def test_beams_make_no_v_ahead():
     """They change places at every token, and v stands where a row stood."""
     one, args = spec(CHUNK), problem(2, 3 * CHUNK)
@@ -351,10 +408,11 @@ def test_lr_zero_and_a_zero_convolution_write_nothing():
         assert state.sites[KEY].spreads == (one.lr != 0)
 
 
+@pytest.mark.parametrize("chunk", [9, 70])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_threads_odd_sizes_and_rows_at_different_places(threads):
+def test_threads_odd_sizes_and_rows_at_different_places(threads, chunk):
     """Widths that no panel divides, large enough for threads; rows whose borders lie elsewhere."""
-    d, f, chunk, batch = 67, 1003, 9, 3
+    d, f, batch = 67, 1003, 3
     one = dataclasses.replace(spec(chunk), d_model=d, d_ff=f, d_target=d)
     g = torch.Generator().manual_seed(0)
     sizes = ((batch, 96, f), (batch, 96, d), (d, f), (d, 1, K), (d, d), (d,))
@@ -370,7 +428,7 @@ def test_threads_odd_sizes_and_rows_at_different_places(threads):
         for i in range(96):
             ys.append(feed(state, one, args, i, i + 1, pos))
             seen += sum(x > 0 for x in column(state, LEFT))
-        assert seen > 20
+        assert seen > 20 or chunk > 9
         y = torch.cat(ys, 1)
     finally:
         torch.set_num_threads(before)

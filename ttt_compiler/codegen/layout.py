@@ -52,7 +52,8 @@ class StateTensors(NamedTuple):
             Token p of a document lies in column p mod (C + R + S).
         tail_t: ``[L, C + R + S, Dt]`` their target rows.
         tail_v: ``[L, C * ceil(R / C), D]`` v of complete chunks that are not written yet; with S > 0 C rows
-            more, which hold ``[D, C]``: v of the chunk that is being written, or next will be, transposed.
+            more, which hold ``[D, C]``: v of the chunk that is being written, or next will be, transposed. Until
+            v of a token is made, its column may hold what v of tokens before it is made of.
         lanes: int32 ``[L, C + R + S]``, which lane holds a row's entry; ``[L, 0]`` while every row uses its
             own.
         rows: int64 ``[L, 8]``, the columns above; ``[L, 10]`` with S > 0.
@@ -101,7 +102,7 @@ def factored_capacity(d_model: int, d_ff: int) -> int:
 
 
 def factored_limit(d_model: int, d_ff: int, batch: int) -> int:
-    """Tokens up to which a row of a batch stays factored.
+    """Tokens up to which a row of a batch stays factored, where writes are not spread.
 
     In a batch of B all rows read W0 once and their own rows, so factored is cheaper while
     ``N < (1 - 1/B) D F / (D + F)``. A sequence alone reads one matrix either way, and its W costs the same

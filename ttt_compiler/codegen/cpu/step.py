@@ -114,6 +114,7 @@ def fast_weight_step(
     for b in sorted(set(rest).difference(kept)):
         for run in runs[b]:
             rows[b].advance(run, call.h[b], call.t[b], y[b], base_done=base_done, apply=not untouched)
+        rows[b].catch_up()
     state.rows.copy_(torch.tensor(call.table, dtype=state.rows.dtype))
     return y
 
@@ -138,10 +139,12 @@ class _Call:
         self.table: list[list[int]] = state.rows.tolist()
         self.revocable = state.revocable(spec)
         self.factored_limit = factored_limit(spec.d_model, spec.d_ff, batch)
-        if state.spreads or (spec.rule.decay != 1.0 and state.tail_v.dtype != state.w.dtype):
-            # A write that becomes a matrix cannot be spread while its rows lie in that matrix's place. And
-            # decay multiplies what is stored, where a narrow factored row would round each step away.
+        spreads = state.spreads and not self.revocable and native.function("units", h.dtype) is not None
+        if spreads or (spec.rule.decay != 1.0 and state.tail_v.dtype != state.w.dtype):
+            # Rows that become a matrix cannot do so over many steps, since they lie where it will. And decay
+            # multiplies what is stored, where a narrow factored row would round each step away.
             self.factored_limit = 0
+        self.spreads = spreads
         self._limit: Tensor | None = None
 
     @functools.cached_property
@@ -212,11 +215,10 @@ class _Row:
         counts[DONE] += 1
         counts[VALUES] = 0
 
-    def _catch_up(self) -> None:
+    def catch_up(self) -> None:
         """After a longer call: make v that single tokens would have no time for before the chunk's end."""
         call, counts = self.call, self.counts
-        spreads = call.state.spreads and not call.revocable and counts[VALUES] != NOT_AHEAD
-        if not spreads or counts[FACTORED] or native.function("units", call.h.dtype) is None:
+        if not call.spreads or counts[FACTORED] or counts[VALUES] == NOT_AHEAD:
             return
         if (count := self.spread.overdue()) and not call.still:
             self.spread.make_values(call.conv, call.proj, count)
@@ -266,7 +268,6 @@ class _Row:
                 counts[SEEN] += size
             i += size
         self._commit(end)
-        self._catch_up()
 
     def _begin(self) -> None:
         for column in (SEEN, DONE, SKIPPED, CLIPPED, CACHED, *range(COLUMNS, len(self.counts))):
@@ -321,6 +322,19 @@ class _Row:
         of_v, of_h = frobenius(v), frobenius(h)
         return (v, h, norm, of_v * of_h) if self._is_finite(of_v, of_h) else (None, h, None, of_v)
 
+    @property
+    def _is_ahead(self) -> bool:
+        """Whether steps, or the end of a longer call, have made some of v of the next chunk."""
+        return self.call.spreads and self.counts[VALUES] > 0
+
+    def _made_ahead(self, h: Tensor) -> tuple[Tensor | None, Tensor, None, float]:
+        """:meth:`_prepared` of a chunk whose v is there in part; there are no controls then."""
+        call = self.call
+        self.spread.make_values(call.conv, call.proj, len(units(self.chunk)))
+        norms, h = self.spread.norms(), h.to(call.h.dtype)
+        v = self.spread.values.t().to(h.dtype).contiguous() if self._is_finite(*norms) else None
+        return v, h, None, math.prod(norms)
+
     def _is_finite(self, *norms: float) -> bool:
         """Whether a chunk may be written; else its write is skipped, or the call is lost."""
         if all(map(math.isfinite, norms)):
@@ -338,7 +352,7 @@ class _Row:
         call, counts = self.call, self.counts
         rule = call.spec.rule
         if not call.still:
-            v, h, norm, bound = self._prepared(h, t)
+            v, h, norm, bound = self._made_ahead(h) if self._is_ahead else self._prepared(h, t)
             if v is None:
                 counts[SKIPPED] += 1
                 self.matrix.forget(rule.decay)

@@ -1,4 +1,4 @@
-// One token of sequences that only read their matrix and keep the token; see decode.py.
+// One token of sequences that read their matrix and keep the token; see decode.py.
 namespace {
 
 // What is returned, and what stands in ``done``: together with decode.py.
@@ -123,10 +123,10 @@ struct Decode : Operands<T, A> {
   }
 
   // Begins the write of a complete chunk, which counts as written from now on: unless it writes nothing, or not into
-  // a slot of this row alone, or is not finite.
+  // a slot of this row alone, or is not finite, or v cannot be made here.
   bool begins(int64_t b) const {
     int64_t* me = row(b);
-    if (shares_slot(b) || (me[VALUES] == 0 && ahead.still())) return false;
+    if (ahead.count == 0 || shares_slot(b) || (me[VALUES] == 0 && ahead.still())) return false;
     ahead.make(me, batch[b], ahead.count);
     A* norm = ahead.norms_of(batch[b]);
     if (!(norm[OF_V] <= kLargest && norm[OF_H] <= kLargest)) return false;

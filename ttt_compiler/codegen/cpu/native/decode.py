@@ -1,4 +1,4 @@
-"""A step of one token by a single call, for rows that only read their matrix and keep the token.
+"""A step of one token by a single call, for rows that read their matrix and keep the token.
 
 Between two chunk borders a decode step is one read of W and one entry of the tail per row: in Python that is
 a loop over rows that costs more than the read of a small W. A write that is in progress adds what it has not
@@ -68,8 +68,6 @@ def decode(
         or not dtype == t.dtype == w0.dtype == state.tail_h.dtype == state.tail_t.dtype
         or state.w.dtype != state_dtype(dtype)
         or (bias is not None and (bias.dtype != dtype or not bias.is_contiguous()))
-        or not (dtype == conv.dtype and conv.is_contiguous())
-        or (proj is not None and not (dtype == proj.dtype and proj.is_contiguous()))
         or not all(x.is_contiguous() for x in (*state, batch))
     ):
         return None

@@ -5,7 +5,8 @@ namespace {
 enum { SEEN, DONE, WRITES, FACTORED, SLOT, LEFT = 8, VALUES = 9 };
 enum { LAST, PEAK, TOTAL, OF_V, OF_H };
 
-// Some tokens of a chunk, and which part of their columns of v; in the order in which they are made.
+// Some tokens of a chunk, and which part of what makes their v, in the order in which they are made: part 0 of many
+// tokens is their convolution alone.
 struct Unit {
   int64_t first, stop, part, parts;
 };
@@ -57,6 +58,8 @@ struct Ahead {
     const int64_t size = unit.stop - unit.first, low = std::max<int64_t>(0, unit.first - kernel / 2);
     // The tokens behind have no v yet: there is room for the convolution, unless it is wider, or they are fewer.
     T* mixed = unit.stop + size <= chunk && dt <= d ? v + unit.stop : nullptr;
+    const int64_t from = edge(unit, unit.part), to = edge(unit, last + 1);
+    if (!mixed && from == to) return;
     Values<T, A>{tokens(me, r, low, reach(unit)),
                  conv,
                  p,
@@ -68,8 +71,8 @@ struct Ahead {
                  size,
                  dt,
                  d,
-                 edge(unit, unit.part),
-                 edge(unit, last + 1),
+                 from,
+                 to,
                  kernel,
                  chunk,
                  A(scale),

@@ -30,12 +30,12 @@ _MANY = 1 << 16
 
 
 class Unit(NamedTuple):
-    """Tokens of a chunk and a part of their columns of v.
+    """Tokens of a chunk and a part of what makes their v: part 0 of many tokens is their convolution alone.
 
     Attributes:
         first: the first token.
         stop: the token behind the last one.
-        part: which part of the columns.
+        part: which part.
         parts: of how many.
     """
 
@@ -76,10 +76,11 @@ def _bits(x: float) -> int:
 def ahead_of(state: StateTensors, conv: Tensor, proj: Tensor | None, spec: SiteSpec) -> array[int]:
     """``struct Ahead``: what makes v of a site's rows, as pointers and sizes.
 
-    The operands must outlive it, have the dtype of the tail and be contiguous: conv ``[Dt, 1, K]``, proj
-    ``[Dt, D]`` or None. An array, since ctypes takes a quarter of a microsecond for each argument.
+    The operands must outlive it: conv ``[Dt, 1, K]``, proj ``[Dt, D]`` or None. Where they have another dtype
+    than the tail, or are not contiguous, there are no units: v is left to :func:`make_units` at the border.
     """
     _, d, f = state.w.shape
+    fits = all(x.dtype == state.tail_h.dtype and x.is_contiguous() for x in (conv, proj) if x is not None)
     return array(
         "q",
         (
@@ -91,7 +92,7 @@ def ahead_of(state: StateTensors, conv: Tensor, proj: Tensor | None, spec: SiteS
             conv.data_ptr(),
             0 if proj is None else proj.data_ptr(),
             ctypes.addressof(table_of(spec.chunk)),
-            len(units(spec.chunk)),
+            len(units(spec.chunk)) if fits else 0,
             state.norms.shape[1],
             d,
             f,
