@@ -52,8 +52,8 @@ class StateTensors(NamedTuple):
             Token p of a document lies in column p mod (C + R + S).
         tail_t: ``[L, C + R + S, Dt]`` their target rows.
         tail_v: ``[L, C * ceil(R / C), D]`` v of complete chunks that are not written yet; with S > 0 C rows
-            more, which hold ``[D, C]``: v of the chunk that is being written, or next will be, transposed. Until
-            v of a token is made, its column may hold what v of tokens before it is made of.
+            more, which hold ``[D, C]``: v of the chunk that is being written, or next will be, transposed.
+            Until v of a token is made, its column may hold what v of tokens before it is made of.
         lanes: int32 ``[L, C + R + S]``, which lane holds a row's entry; ``[L, 0]`` while every row uses its
             own.
         rows: int64 ``[L, 8]``, the columns above; ``[L, 10]`` with S > 0.
