@@ -215,7 +215,7 @@ def test_a_pool_keeps_v_from_one_use_to_the_next(writing_model):
         with pool.use("a") as batch:
             writing_model(**batch.inputs(tokens[:, i : i + 1]))
             values = [site.rows[0, VALUES].item() for site in batch.state.sites.values()]
-    assert values == [3] * len(values)
+    assert values == [6] * len(values)
 
 
 @pytest.mark.parametrize(
