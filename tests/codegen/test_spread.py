@@ -428,7 +428,7 @@ def test_threads_odd_sizes_and_rows_at_different_places(threads, chunk):
         for i in range(96):
             ys.append(feed(state, one, args, i, i + 1, pos))
             seen += sum(x > 0 for x in column(state, LEFT))
-        assert seen > 20 or chunk > 9
+        assert seen > 20
         y = torch.cat(ys, 1)
     finally:
         torch.set_num_threads(before)
@@ -486,4 +486,4 @@ def test_v_is_the_reference_whenever_it_is_made(dtype, kernel, chunk, depth, wid
         # Of an even kernel it has one token more.
         assert_within_budget(ours, plain[:chunk].t(), exact[:chunk].t())
         for norm, x in zip(made[0][1].tolist(), (ours, h), strict=True):
-            assert math.isclose(norm, float(x.double().norm()), rel_tol=1e-5)
+            assert math.isclose(norm, float(x.double().norm()), rel_tol=1e-6)

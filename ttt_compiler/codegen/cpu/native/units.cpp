@@ -10,8 +10,6 @@ enum { LAST, PEAK, TOTAL, OF_V, OF_H };
 struct Unit {
   int64_t first, stop, part, parts;
 };
-// Columns of a part begin at a multiple of so many, which are multiplied side by side.
-constexpr int64_t kEdge = kWide;
 
 // As units.py fills it, 8 bytes a field.
 template <typename T, typename A>
@@ -100,10 +98,10 @@ struct Ahead {
     norm = A(std::hypot(first ? 0.0 : double(norm), one));
   }
 
-  // The first column of a part. Part 0 of many tokens is their convolution alone, and has none.
+  // The first column of a part: whole panels. Part 0 of many tokens is their convolution alone, and has none.
   int64_t edge(const Unit& unit, int64_t part) const {
     const int64_t alone = unit.stop - unit.first > kFewest, parts = unit.parts - alone;
-    return std::min(d, (d * std::max<int64_t>(0, part - alone) / parts + kEdge - 1) / kEdge * kEdge);
+    return std::min(d, (d * std::max<int64_t>(0, part - alone) / parts + kWide - 1) / kWide * kWide);
   }
 
   // Targets of tokens [low, high) of the chunk, one after the other.
