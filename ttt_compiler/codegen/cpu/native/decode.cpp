@@ -18,8 +18,6 @@ struct Operands {
   int64_t* table;
   const int64_t *batch, *pos;  // pos may be null; one of all rows, or of each
   uint8_t* done;               // of each sequence
-  int32_t* lanes;              // null while every row uses its own
-  T *tail_h, *tail_t;
   int64_t members, positions, rows, columns, w0_stride;
   int64_t spread;  // tokens that a write is spread over
 };
@@ -28,16 +26,17 @@ template <typename T, typename A>
 struct Decode : Operands<T, A> {
   using Base = Operands<T, A>;
   using Base::h, Base::t, Base::y, Base::bias, Base::w0, Base::w, Base::table, Base::batch, Base::pos, Base::done;
-  using Base::lanes, Base::tail_h, Base::tail_t, Base::members, Base::positions, Base::rows, Base::columns;
-  using Base::w0_stride, Base::spread;
+  using Base::members, Base::positions, Base::rows, Base::columns, Base::w0_stride, Base::spread;
   static constexpr A kLargest = std::numeric_limits<A>::max();
   const Ahead<T, A>& ahead;
+  T *const tail_h, *const tail_t;
+  int32_t* const lanes;
   const int64_t d, f, dt, chunk, capacity;
   const int threads;
 
   Decode(const Base& operands, const Ahead<T, A>& of_v)
-      : Base(operands), ahead(of_v), d(of_v.d), f(of_v.f), dt(of_v.dt), chunk(of_v.chunk), capacity(of_v.capacity),
-        threads(int(of_v.threads)) {}
+      : Base(operands), ahead(of_v), tail_h(of_v.tail_h), tail_t(of_v.tail_t), lanes(of_v.lanes),
+        d(of_v.d), f(of_v.f), dt(of_v.dt), chunk(of_v.chunk), capacity(of_v.capacity), threads(int(of_v.threads)) {}
 
   int64_t* row(int64_t b) const { return table + batch[b] * columns; }
   int64_t left(const int64_t* me) const { return spread > 0 ? me[LEFT] : 0; }
@@ -267,7 +266,7 @@ struct Decode : Operands<T, A> {
 }  // namespace
 
 #define TTT_DECODE(NAME, T, A)                                                                                   \
-  static_assert(sizeof(Operands<T, A>) == 19 * 8);                                                               \
+  static_assert(sizeof(Operands<T, A>) == 16 * 8);                                                               \
   extern "C" int decode_##NAME(const Operands<T, A>* operands, const Ahead<T, A>* ahead, int base_done) {        \
     return Decode<T, A>(*operands, *ahead).run(base_done != 0);                                                  \
   }

@@ -14,11 +14,11 @@ struct Unit {
 // As units.py fills it, 8 bytes a field.
 template <typename T, typename A>
 struct Ahead {
-  const T *tail_h, *tail_t;  // [lanes, capacity, f], [lanes, capacity, dt]
-  T* tail_v;                 // [rows, ..], of which the last d * chunk of a row are v, [d, chunk]
-  const int32_t* lanes;      // null while every row uses its own
-  A* norms;  // [rows, norm_columns]
-  const T *conv, *p;  // [dt, kernel], and [dt, d] or null
+  T *tail_h, *tail_t;  // [lanes, capacity, f], [lanes, capacity, dt]
+  T* tail_v;           // [rows, ..], of which the last d * chunk of a row are v, [d, chunk]
+  int32_t* lanes;      // null while every row uses its own
+  A* norms;            // [rows, norm_columns]
+  const T *conv, *p;   // [dt, kernel], and [dt, d] or null
   const Unit* units;
   int64_t count, norm_columns, d, f, dt, chunk, capacity, values_stride, kernel;
   double scale;
