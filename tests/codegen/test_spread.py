@@ -90,8 +90,8 @@ def test_a_write_takes_as_many_steps_as_the_tail_has_room_for():
 def test_python_has_nothing_to_do(monkeypatch):
     one, state = spec(CHUNK), fresh(spec(CHUNK), 1, spread=True)
     entered = []
-    call = step._Call
-    monkeypatch.setattr(step, "_Call", lambda *a: entered.append(i) or call(*a))
+    call = step.Call
+    monkeypatch.setattr(step, "Call", lambda *a: entered.append(i) or call(*a))
     args = problem(1, 2 * CHUNK)
     ahead = []
     for i in range(2 * CHUNK):
@@ -261,9 +261,9 @@ def test_nothing_is_spread_where_it_cannot_be(monkeypatch):
     decode(state, one, args, 0, 2 * CHUNK)
     assert column(state, LEFT) == [0]
     # No compiler.
-    monkeypatch.setattr(native, "function", lambda *_: None)
     state = fresh(one, 1, spread=True)
-    decode(state, one, args, 0, 2 * CHUNK)
+    with native.unused():
+        decode(state, one, args, 0, 2 * CHUNK)
     assert column(state, LEFT) == [0]
     assert column(state, WRITES) == [2]
 
@@ -280,7 +280,7 @@ def test_a_first_write_ends_even_if_w0_changes_its_layout():
     assert relative_error(a, b) < 1e-14
 
 
-def test_a_write_that_began_elsewhere_ends_without_a_compiler(monkeypatch):
+def test_a_write_that_began_elsewhere_ends_without_a_compiler():
     """A session's file may come from a machine that has one."""
     args, one = problem(1, 3 * CHUNK), spec(CHUNK)
     for border in (CHUNK, 2 * CHUNK):
@@ -289,8 +289,7 @@ def test_a_write_that_began_elsewhere_ends_without_a_compiler(monkeypatch):
             feed(state, one, args, 0, border - CHUNK)
             decode(state, one, args, border - CHUNK, border + 1)
             assert column(state, LEFT) == [24]
-        with monkeypatch.context() as patch:
-            patch.setattr(native, "function", lambda *_: None)
+        with native.unused():
             feed(states[0], one, args, border + 1, border + 3)
         feed(states[1], one, args, border + 1, border + 3)
         assert column(states[0], LEFT) == [0]
@@ -367,8 +366,8 @@ def test_v_that_is_there_is_used_by_a_longer_call(monkeypatch):
     decode(state, one, args, 0, 150)
     assert min(column(state, VALUES)) > 0
     made = []
-    values = step._Call.values
-    monkeypatch.setattr(step._Call, "values", lambda *a: made.append(1) or values(*a))
+    values = step.Call.values
+    monkeypatch.setattr(step.Call, "values", lambda *a: made.append(1) or values(*a))
     feed(state, one, args, 150, 320)
     assert len(made) == 2, "of the second chunk of both rows"
     for b in range(2):

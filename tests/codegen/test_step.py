@@ -400,10 +400,9 @@ def test_tokens_kept_by_one_copy_are_tokens_kept_one_by_one(seed, chunk, revocab
         order = torch.randint(0, batch, (batch,), generator=g)
         out = []
         for state, whole in zip(states, (True, False), strict=True):
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(native, "function", lambda *_: None)
+            with native.unused(), pytest.MonkeyPatch.context() as patch:
                 if not whole:
-                    patch.setattr(cpu_step._Row, "only_keeps", lambda *_: False)
+                    patch.setattr(cpu_step.Row, "only_keeps", lambda *_: False)
                 out.append(feed(state, one, args, 0, 1, pos))
             if shared and step % 3 == 0:
                 state.select(order)

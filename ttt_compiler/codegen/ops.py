@@ -7,7 +7,9 @@
 - ``ttt::chunk_conv``, ``ttt::chunk_project``, ``ttt::limit_writes``, ``ttt::chunk_scan`` (+ their backward
   ops): the stateless, differentiable form. On GPUs the projection is an ordinary matmul instead.
 - ``ttt::chunk_table``, ``ttt::chunk_places``: chunks of a batch for kernels that must not wait for the host.
-- ``ttt::fast_weight_step``: the stateful form; mutates the running sequence's tensors.
+- ``ttt::fast_weight_step``: the stateful form; mutates the running sequence's tensors. On CPU an operator in
+  C++ comes before the kernel that is registered here (:mod:`.cpu.native.op`), which calls
+  ``ttt::fast_weight_rest`` for what it leaves.
 
 May be changed here: schemas, together with the rewrite pass. Importing this registers the ops; it imports
 no kernel toolchain.
@@ -26,9 +28,11 @@ from torch import Tensor
 
 from ttt_compiler.codegen.cpu import controls as cpu_controls
 from ttt_compiler.codegen.cpu import conv as cpu_conv
+from ttt_compiler.codegen.cpu import native
 from ttt_compiler.codegen.cpu import project as cpu_project
 from ttt_compiler.codegen.cpu import scan as cpu_scan
 from ttt_compiler.codegen.cpu import step as cpu_step
+from ttt_compiler.codegen.cpu.native import op as native_op
 from ttt_compiler.codegen.gpu.library import chunk_scan_backward_library
 from ttt_compiler.codegen.kernels.chunk_table import (
     chunk_places,
@@ -74,11 +78,14 @@ _lib.define(
     "chunk_scan_backward_library(Tensor dy, Tensor h, Tensor v, Tensor w0, int chunk, float decay) "
     "-> (Tensor, Tensor, Tensor)"
 )
-_lib.define(
-    "fast_weight_step(Tensor h, Tensor t, Tensor w0, Tensor? bias, Tensor conv, Tensor? proj, Tensor? pos, "
+_STEP = (
+    "(Tensor h, Tensor t, Tensor w0, Tensor? bias, Tensor conv, Tensor? proj, Tensor? pos, "
     "str spec, Tensor(a!) w, Tensor(b!) tail_h, Tensor(c!) tail_t, Tensor(d!) tail_v, Tensor(e!) lanes, "
-    "Tensor(f!) rows, Tensor(g!) norms, Tensor batch) -> Tensor"
+    "Tensor(f!) rows, Tensor(g!) norms, Tensor batch"
 )
+_lib.define(f"fast_weight_step{_STEP}) -> Tensor")
+_lib.define(f"fast_weight_rest{_STEP}, Tensor(h!)? y, Tensor? done, bool base_done) -> Tensor")
+_lib.define("step_constants(Tensor rows, str spec) -> Tensor")
 
 
 def _on_gpu(module: str, name: str) -> Callable[..., Any]:
@@ -94,16 +101,6 @@ def _on_gpu(module: str, name: str) -> Callable[..., Any]:
 
 _step_on_gpu = _on_gpu("step", "fast_weight_step")
 
-KERNEL_OPS = (
-    "chunk_conv",
-    "chunk_conv_dweight",
-    "limit_writes",
-    "limit_writes_backward",
-    "chunk_scan",
-    "chunk_scan_backward",
-    "fast_weight_step",
-)
-
 
 def _site(x: Tensor, weight: Tensor, spec: str, *_: object) -> Tensor:
     raise NotCompiledError(
@@ -114,7 +111,20 @@ def _site(x: Tensor, weight: Tensor, spec: str, *_: object) -> Tensor:
     )
 
 
-def _fast_weight_step(
+def _fast_weight_step(h: Tensor, *args: Any) -> Any:
+    """On a GPU; and on CPU until the operator in C++ is there, or where it cannot be built."""
+    if not h.is_cpu:
+        require_kernels(h.device, "a running sequence")
+        return _step_on_gpu(h, *args[:6], _decoded(args[6]), StateTensors(*args[7:14]), args[14])
+    if native.is_used():
+        if h.shape[1] == 1 and native_op.load():
+            return torch.ops.ttt.fast_weight_step(h, *args)
+        native_op.start()
+    whole: list[Any] = [h, *args, None, None, False]
+    return _fast_weight_rest(*whole)
+
+
+def _fast_weight_rest(
     h: Tensor,
     t: Tensor,
     w0: Tensor,
@@ -131,10 +141,19 @@ def _fast_weight_step(
     rows: Tensor,
     norms: Tensor,
     batch: Tensor,
+    y: Any,
+    done: Any,
+    base_done: bool,
 ) -> Tensor:
     state = StateTensors(w, tail_h, tail_t, tail_v, lanes, rows, norms)
-    step = cpu_step.fast_weight_step if h.is_cpu else _step_on_gpu
-    return step(h, t, w0, bias, conv, proj, pos, _decoded(spec), state, batch)
+    call = (h, t, w0, bias, conv, proj, pos, _decoded(spec), state, batch)
+    if y is None:
+        return cpu_step.fast_weight_step(*call)
+    return cpu_step.finish_step(*call, cpu_step.Step(y, done.tolist(), base_done))
+
+
+def _step_constants(rows: Tensor, spec: str) -> Tensor:
+    return native_op.step_constants(_decoded(spec))
 
 
 def _chunk_table(pos: Tensor, chunk: int) -> Tensor:
@@ -158,7 +177,10 @@ _lib.impl("limit_writes", cpu_controls.limit_writes, "CPU")
 _lib.impl("limit_writes_backward", cpu_controls.limit_writes_backward, "CPU")
 _lib.impl("chunk_scan", cpu_scan.chunk_scan, "CPU")
 _lib.impl("chunk_scan_backward", cpu_scan.chunk_scan_backward, "CPU")
-_lib.impl("fast_weight_step", _fast_weight_step, "CPU")
+# Behind a kernel for CPU, which it loads.
+_lib.impl("fast_weight_step", _fast_weight_step, "CompositeExplicitAutograd")
+_lib.impl("fast_weight_rest", _fast_weight_rest, "CPU")
+_lib.impl("step_constants", _step_constants, "CPU")
 for _module, _name in (
     ("conv", "chunk_conv"),
     ("conv", "chunk_conv_dweight"),
@@ -168,7 +190,6 @@ for _module, _name in (
     ("scan", "chunk_scan_backward"),
 ):
     _lib.impl(_name, _on_gpu(_module, _name), "CUDA")
-_lib.impl("fast_weight_step", _fast_weight_step, "CUDA")
 
 
 def require_kernels(device: torch.device, where: str) -> None:

@@ -93,7 +93,7 @@ def cpp_compiler() -> str | None:
     return found
 
 
-def build_cpp(source: str) -> Any:
+def build_cpp(source: str, *more: str) -> Any:
     """A library of ``extern "C"`` functions, cached beside Inductor's own.
 
     None without a compiler, and with a warning if what is there cannot compile or load it. Checked on 2.13:
@@ -104,7 +104,7 @@ def build_cpp(source: str) -> Any:
 
     if cpp_compiler() is None:
         return None
-    flags = ("-ftree-loop-vectorize", "-ffp-contract=fast")
+    flags = ("-ftree-loop-vectorize", "-ffp-contract=fast", *more)
     try:
         return CppCodeCache.load(source, needs_vec_isa=True, extra_flags=flags)
     except (CppCompileError, OSError) as e:

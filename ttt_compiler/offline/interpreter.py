@@ -55,8 +55,9 @@ def gpu_step_on_cpu_tensors() -> Iterator[None]:
     install()
     from unittest import mock
 
+    from ttt_compiler.codegen.cpu import native
     from ttt_compiler.codegen.cpu import step as cpu_step
     from ttt_compiler.codegen.gpu import step as gpu_step
 
-    with mock.patch.object(cpu_step, "fast_weight_step", gpu_step.fast_weight_step):
+    with native.unused(), mock.patch.object(cpu_step, "fast_weight_step", gpu_step.fast_weight_step):
         yield

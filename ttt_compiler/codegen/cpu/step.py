@@ -1,51 +1,43 @@
-"""One call of a running sequence on CPU: apply, append to the chunk tail, write when a chunk is full.
+"""One call of a running sequence on CPU: every row of the batch advances by T tokens.
 
-The same code serves prefill, chunked prefill and decode, so they agree by construction. A chunk is written
-once its end is R tokens old (R = 0: at once); until then it acts in factored form, so that up to R tokens can
-be taken back exactly. Where the state has room, the write of a chunk that a single token completes is spread
-over the next tokens (:mod:`.spread`); any other call finishes it first. May be changed here: how it is
-computed. The layout is :mod:`ttt_compiler.codegen.layout`.
+The same code serves prefill, chunked prefill and decode, so they agree by construction; of a single token
+most is done before Python is asked (:mod:`.native.op`), and :func:`finish_step` does the rest. May be changed
+here: what rows of a call share. What a row does is :mod:`.row`.
 """
 
 from __future__ import annotations
 
-import functools
-import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ttt_compiler.codegen.cpu import native
-from ttt_compiler.codegen.cpu.controls import limited
-from ttt_compiler.codegen.cpu.conv import convolve
-from ttt_compiler.codegen.cpu.gemm import project, static_apply, workspace
-from ttt_compiler.codegen.cpu.native.decode import decode
-from ttt_compiler.codegen.cpu.native.squares import norm as frobenius
-from ttt_compiler.codegen.cpu.native.units import units
-from ttt_compiler.codegen.cpu.slots import RowMatrix, add_factored
-from ttt_compiler.codegen.cpu.spread import Spread, finish_write
-from ttt_compiler.codegen.cpu.tail import RowTail, append_tokens
-from ttt_compiler.codegen.layout import (
-    CACHED,
-    CLIPPED,
-    COLUMNS,
-    DONE,
-    FACTORED,
-    LAST,
-    NOT_AHEAD,
-    PEAK,
-    SEEN,
-    SKIPPED,
-    TOTAL,
-    VALUES,
-    WRITES,
-    StateTensors,
-    factored_limit,
-)
-from ttt_compiler.codegen.reference import write_limit
+from ttt_compiler.codegen.cpu.gemm import static_apply
+from ttt_compiler.codegen.cpu.row import Call, Row
+from ttt_compiler.codegen.cpu.tail import append_tokens
+from ttt_compiler.codegen.layout import WRITES, StateTensors
 from ttt_compiler.codegen.segments import Run, row_runs
-from ttt_compiler.errors import NonFiniteWriteError
 from ttt_compiler.spec import SiteSpec
+
+# What stands in ``Step.done`` (operands.cpp).
+NOT, KEPT, COMPLETE = range(3)
+
+
+class Step(NamedTuple):
+    """What C++ has done of a call of one token.
+
+    Attributes:
+        y: ``[B, 1, D]``: filled for the sequences that are done; if ``base_done``, with the product with W0
+            for the others.
+        done: of each sequence NOT: nothing but ``y`` has changed for it; KEPT; or COMPLETE: its chunk is
+            complete now, but its write has not begun, since it writes nothing, is not finite, or must not go
+            where the sequence's matrix is.
+        base_done: whether a row needed the product with W0.
+    """
+
+    y: Tensor
+    done: list[int]
+    base_done: bool
 
 
 def fast_weight_step(
@@ -79,29 +71,22 @@ def fast_weight_step(
 
     Raises:
         NonFiniteWriteError: a complete chunk holds NaN or Inf and is not skipped. Its write is not made.
+        ValueError: the sizes disagree; IndexError: a row is not there. Nothing has changed.
     """
     length = h.shape[1]
-    step = decode(h, t, w0, bias, conv, proj, pos, spec, state, batch) if length == 1 else None
-    if step is not None and not step.rest and not step.complete:
-        return step.y
-    call = _Call(h.contiguous(), t.contiguous(), w0, bias, conv, proj, spec, state, len(batch))
+    _require_sizes(h, t, w0, pos, state, batch)
+    call = Call(h.contiguous(), t.contiguous(), w0, bias, conv, proj, spec, state, len(batch))
     members = batch.tolist()
-    rows = [_Row(call, member) for member in members]
-    rest = list(range(len(rows))) if step is None else step.rest
-    for b in step.complete if step is not None else ():
-        rows[b].begin_write()
+    rows = [Row(call, member) for member in members]
     runs = _token_runs(pos, len(members)) if length == 1 else row_runs(pos, len(members), length)
-    if step is not None:
-        untouched, base_done, y = False, step.base_done, step.y
-    else:
-        untouched = all(row.reads_only_w0(r, length) for row, r in zip(rows, runs, strict=True))
-        base_done = untouched or (length == 1 and any(map(_Row.needs_base, rows, runs)))
-        y = h.new_empty(len(members), length, w0.shape[0])
-        if base_done:
-            # One read of W0 for the whole batch, by the base model's own projection.
-            static_apply(h, w0, bias, out=y)
+    untouched = all(row.reads_only_w0(r, length) for row, r in zip(rows, runs, strict=True))
+    base_done = untouched or (length == 1 and any(map(Row.needs_base, rows, runs)))
+    y = h.new_empty(len(members), length, w0.shape[0])
+    if base_done:
+        # One read of W0 for the whole batch, by the base model's own projection.
+        static_apply(h, w0, bias, out=y)
     # Of one token most rows only read their matrix and keep it: they keep them by one copy.
-    kept = [b for b in rest if step is None and length == 1 and rows[b].only_keeps(runs[b][0])]
+    kept = [b for b, row in enumerate(rows) if length == 1 and row.only_keeps(runs[b][0])]
     if kept:
         if not untouched:
             hs, ys = call.h.unbind(0), y.unbind(0)
@@ -111,273 +96,62 @@ def fast_weight_step(
                     rows[b].matrix.apply(hs[b], bias, ys[b], base_done=base_done)
         h1, t1 = (x[:, 0] if len(kept) == len(rows) else x[kept, 0] for x in (call.h, call.t))
         append_tokens(call.table, [members[b] for b in kept], state, spec.chunk, h1, t1)
-    for b in sorted(set(rest).difference(kept)):
-        for run in runs[b]:
-            rows[b].advance(run, call.h[b], call.t[b], y[b], base_done=base_done, apply=not untouched)
-        rows[b].catch_up()
+    for b in sorted(set(range(len(rows))).difference(kept)):
+        _advance(rows[b], runs[b], y[b], b, base_done=base_done, apply=not untouched)
     state.rows.copy_(torch.tensor(call.table, dtype=state.rows.dtype))
     return y
 
 
-class _Call:
-    """What all rows of one call share."""
-
-    def __init__(
-        self,
-        h: Tensor,
-        t: Tensor,
-        w0: Tensor,
-        bias: Tensor | None,
-        conv: Tensor,
-        proj: Tensor | None,
-        spec: SiteSpec,
-        state: StateTensors,
-        batch: int,
-    ) -> None:
-        self.h, self.t, self.w0, self.bias = h, t, w0, bias
-        self.conv, self.proj, self.spec, self.state = conv, proj, spec, state
-        self.table: list[list[int]] = state.rows.tolist()
-        self.revocable = state.revocable(spec)
-        self.factored_limit = factored_limit(spec.d_model, spec.d_ff, batch)
-        spreads = state.spreads and not self.revocable and native.function("units", h.dtype) is not None
-        if spreads or (spec.rule.decay != 1.0 and state.tail_v.dtype != state.w.dtype):
-            # Rows that become a matrix cannot do so over many steps, since they lie where it will. And decay
-            # multiplies what is stored, where a narrow factored row would round each step away.
-            self.factored_limit = 0
-        self.spreads = spreads
-        self._limit: Tensor | None = None
-
-    @functools.cached_property
-    def still(self) -> bool:
-        """Whether nothing is ever written. Reads all taps, so most single tokens never ask."""
-        return self.spec.lr == 0.0 or not bool(self.conv.any())
-
-    def limit(self) -> Tensor | None:
-        """Largest norm of a write; it reads W0, so it is found only when something is written."""
-        if self.spec.rule.limited and self._limit is None:
-            self._limit = write_limit(self.w0, self.spec.rule)
-        return self._limit
-
-    def values(self, t: Tensor) -> Tensor:
-        """v of a complete chunk, in a workspace. t ``[C, Dt]``."""
-        v = workspace("step.conv", tuple(t.shape), t.dtype)
-        # eta belongs to the taps: there it costs K multiplications a channel.
-        convolve(t, self.conv[:, 0].t() * self.spec.write_scale, v)
-        if self.proj is None:
-            return v
-        out = workspace("step.v", (t.shape[0], self.spec.d_model), t.dtype)
-        return project(v, self.proj, out, "step.proj")
+def finish_step(
+    h: Tensor,
+    t: Tensor,
+    w0: Tensor,
+    bias: Tensor | None,
+    conv: Tensor,
+    proj: Tensor | None,
+    pos: Tensor | None,
+    spec: SiteSpec,
+    state: StateTensors,
+    batch: Tensor,
+    step: Step,
+) -> Tensor:
+    """:func:`fast_weight_step` of one token, of which C++ has done ``step``."""
+    call = Call(h.contiguous(), t.contiguous(), w0, bias, conv, proj, spec, state, len(batch))
+    rows = [Row(call, member) for member in batch.tolist()]
+    runs = _token_runs(pos, len(rows))
+    for row, done in zip(rows, step.done, strict=True):
+        if done == COMPLETE:
+            row.begin_write()
+    for b, done in enumerate(step.done):
+        if done == NOT:
+            _advance(rows[b], runs[b], step.y[b], b, base_done=step.base_done, apply=True)
+    state.rows.copy_(torch.tensor(call.table, dtype=state.rows.dtype))
+    return step.y
 
 
-class _Row:
-    """One sequence's view of the call."""
+def _require_sizes(
+    h: Tensor, t: Tensor, w0: Tensor, pos: Tensor | None, state: StateTensors, batch: Tensor
+) -> None:
+    """A compiled graph never fails this; broadcasting would make numbers of what somebody else passes."""
+    members, f, width = len(batch), w0.shape[1], state.tail_t.shape[2]
+    length = h.shape[1] if h.dim() == 3 else 0
+    of_h, of_t = (members, length, f), (members, length, width)
+    for name, x, expected in (("h", h, of_h), ("t", t, of_t), ("w0", w0, state.w.shape[1:])):
+        if x.shape != expected:
+            want = list(expected)
+            raise ValueError(f"fast_weight_step: {name} is {list(x.shape)}, for this state it must be {want}")
+    if pos is not None and tuple(pos.shape) not in ((members, length), (1, length)):
+        raise ValueError(f"fast_weight_step: pos is {list(pos.shape)}, it must be {[members, length]}")
+    rows = state.rows.shape[0]
+    if members and not 0 <= int(batch.min()) <= int(batch.max()) < rows:
+        raise IndexError(f"fast_weight_step: batch is {batch.tolist()}, but the state has {rows} rows")
 
-    def __init__(self, call: _Call, index: int) -> None:
-        self.call, self.index = call, index
-        self.counts = call.table[index]
-        self.chunk = call.spec.chunk
 
-    @functools.cached_property
-    def matrix(self) -> RowMatrix:
-        """W of this row."""
-        call = self.call
-        stored = call.state.tail_h.dtype
-        return RowMatrix(call.table, self.index, call.state.w, call.w0, call.h.dtype, stored)
-
-    @functools.cached_property
-    def tail(self) -> RowTail:
-        """Its tokens that are not written."""
-        return RowTail(self.call.table, self.index, self.call.state, self.chunk)
-
-    @functools.cached_property
-    def spread(self) -> Spread:
-        """Its write that is spread over steps."""
-        return Spread(self.call.table, self.index, self.call.state, self.call.spec)
-
-    def finish_write(self) -> None:
-        """A write that is in progress comes to its end, for what only a step in C++ can read before."""
-        call = self.call
-        if call.state.spreads:
-            finish_write(call.table, self.index, call.state, call.spec, call.w0)
-
-    def begin_write(self) -> None:
-        """After a step in C++ that has completed a chunk, and left this to us."""
-        call, counts = self.call, self.counts
-        if not call.still:
-            self.spread.make_values(call.conv, call.proj, len(units(self.chunk)))
-            norms = self.spread.norms()
-            if self._is_finite(*norms):
-                self.matrix.own_slot()
-                self.spread.begin()
-                self._record(None, math.prod(norms))
-                return
-            counts[SKIPPED] += 1
-        counts[DONE] += 1
-        counts[VALUES] = 0
-
-    def catch_up(self) -> None:
-        """After a longer call: make v that single tokens would have no time for before the chunk's end."""
-        call, counts = self.call, self.counts
-        if not call.spreads or counts[FACTORED] or counts[VALUES] == NOT_AHEAD:
-            return
-        if (count := self.spread.overdue()) and not call.still:
-            self.spread.make_values(call.conv, call.proj, count)
-
-    def reads_only_w0(self, runs: list[Run], length: int) -> bool:
-        """Whether no token reads a written matrix or a complete chunk, from before this call or of it."""
-        fresh = bool(runs) and runs[0].fresh
-        if self.counts[WRITES] > 0 and not fresh:
-            return False
-        open_tokens = 0 if fresh else self.counts[SEEN] - self.counts[DONE] * self.chunk
-        return (len(runs) <= 1 and open_tokens + length <= self.chunk) or self.call.still
-
-    def needs_base(self, runs: list[Run]) -> bool:
-        """Whether a single token's output contains its product with W0."""
-        return runs[0].fresh or runs[0].padding or self.matrix.reads_base
-
-    def only_keeps(self, run: Run) -> bool:
-        """Whether a single token completes no chunk, and none is waiting or due."""
-        open_tokens = self.counts[SEEN] - self.counts[DONE] * self.chunk
-        return not (run.fresh or run.padding) and open_tokens < self.chunk - 1
-
-    def advance(self, run: Run, h: Tensor, t: Tensor, y: Tensor, *, base_done: bool, apply: bool) -> None:
-        """Feed the tokens of ``run``; fills ``y[run.start:run.stop]`` when ``apply``."""
-        call, counts, chunk = self.call, self.counts, self.chunk
-        if run.padding:
-            if apply and not base_done:
-                y[run.start : run.stop] = static_apply(h[run.start : run.stop], call.w0, call.bias)
-            return
-        if run.fresh:
-            self._begin()
-        else:
-            self.finish_write()
-        i = run.start
-        end = counts[SEEN] + run.stop - run.start
-        while i < run.stop:
-            self._commit(end)
-            seen = counts[SEEN]
-            size = min(run.stop - i, chunk - seen % chunk)
-            rows = slice(i, i + size)
-            if apply:
-                self._apply(h[rows], y[rows], base_done)
-            if size == chunk and seen == counts[DONE] * chunk and self._is_due(end):
-                counts[SEEN] += size
-                self._write(h[rows], t[rows], end)
-            else:
-                self.tail.append(h[rows], t[rows])
-                counts[SEEN] += size
-            i += size
-        self._commit(end)
-
-    def _begin(self) -> None:
-        for column in (SEEN, DONE, SKIPPED, CLIPPED, CACHED, *range(COLUMNS, len(self.counts))):
-            self.counts[column] = 0
-        self.matrix.reset()
-        self.call.state.norms[self.index].zero_()
-
-    def _apply(self, h: Tensor, y: Tensor, base_done: bool) -> None:
-        """What is written, and what complete chunks that are not written yet add to it."""
-        matrix, counts, rule = self.matrix, self.counts, self.call.spec.rule
-        matrix.apply(h, self.call.bias, y, base_done=base_done)
-        waiting = range(counts[DONE], counts[SEEN] // self.chunk)
-        if not waiting or self.call.still:
-            return
-        if rule.decay != 1.0 and counts[WRITES]:
-            base = static_apply(h, self.call.w0, self.call.bias)
-            y.sub_(base).mul_(rule.decay ** len(waiting)).add_(base)
-        for index in waiting:
-            v = self._waiting_values(index)
-            if v is not None:
-                keys, _ = self.tail.read(index * self.chunk, self.chunk)
-                add_factored(h * rule.decay ** (waiting[-1] - index), keys, v.to(h.dtype), y)
-
-    def _waiting_values(self, index: int) -> Tensor | None:
-        """v of a complete chunk that is not written yet; None when its write will be skipped."""
-        place = self.tail.cached(index)
-        if index >= self.counts[DONE] + self.counts[CACHED]:
-            h, t = self.tail.read(index * self.chunk, self.chunk)
-            v = self._prepared(h, t)[0]
-            # A row of NaN says that the chunk is skipped: v of one that is not, is finite.
-            place.fill_(float("nan")) if v is None else place.copy_(v)
-            self.counts[CACHED] = index + 1 - self.counts[DONE]
-        return None if bool(place[0, 0].isnan()) else place
-
-    def _is_due(self, end: int) -> bool:
-        """Whether the next chunk will be R tokens old when the row has seen ``end`` tokens."""
-        return end - (self.counts[DONE] + 1) * self.chunk >= self.call.revocable
-
-    def _commit(self, end: int) -> None:
-        """Write the complete chunks that are due."""
-        counts, chunk = self.counts, self.chunk
-        while (counts[DONE] + 1) * chunk <= counts[SEEN] and self._is_due(end):
-            self._write(*self.tail.read(counts[DONE] * chunk, chunk), end)
-
-    def _prepared(self, h: Tensor, t: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, float]:
-        """Of a chunk: v under the update controls (None: skipped), h, the write's exact norm, its bound."""
-        call, rule = self.call, self.call.spec.rule
-        # Under autocast the tail is kept in the weights' dtype and multiplied in the operands'.
-        h, t = h.to(call.h.dtype), t.to(call.t.dtype)
-        v, norm = limited(call.values(t), h, call.limit(), rule.keys == "unit")
-        # A finite norm proves that every entry is finite, in one pass; the product of two such in fp32 is.
-        of_v, of_h = frobenius(v), frobenius(h)
-        return (v, h, norm, of_v * of_h) if self._is_finite(of_v, of_h) else (None, h, None, of_v)
-
-    @property
-    def _is_ahead(self) -> bool:
-        """Whether steps, or the end of a longer call, have made some of v of the next chunk."""
-        return self.call.spreads and self.counts[VALUES] > 0
-
-    def _made_ahead(self, h: Tensor) -> tuple[Tensor | None, Tensor, None, float]:
-        """:meth:`_prepared` of a chunk whose v is there in part; there are no controls then."""
-        call = self.call
-        self.spread.make_values(call.conv, call.proj, len(units(self.chunk)))
-        norms, h = self.spread.norms(), h.to(call.h.dtype)
-        v = self.spread.values.t().to(h.dtype).contiguous() if self._is_finite(*norms) else None
-        return v, h, None, math.prod(norms)
-
-    def _is_finite(self, *norms: float) -> bool:
-        """Whether a chunk may be written; else its write is skipped, or the call is lost."""
-        if all(map(math.isfinite, norms)):
-            return True
-        if self.call.spec.rule.on_nonfinite == "skip":
-            return False
-        raise NonFiniteWriteError(
-            f"{self.call.spec.key}: chunk {self.counts[DONE]} would write NaN or Inf into the fast weights. "
-            "The write was not made, but this call is lost: restore the session from a snapshot or reset() "
-            'it, and lower lr, check the adapter, set max_write_norm, or pass on_nonfinite="skip"'
-        )
-
-    def _write(self, h: Tensor, t: Tensor, end: int) -> None:
-        """Deal with the next complete chunk, h ``[C, F]``, t ``[C, Dt]``."""
-        call, counts = self.call, self.counts
-        rule = call.spec.rule
-        if not call.still:
-            v, h, norm, bound = self._made_ahead(h) if self._is_ahead else self._prepared(h, t)
-            if v is None:
-                counts[SKIPPED] += 1
-                self.matrix.forget(rule.decay)
-            else:
-                final = end // self.chunk * self.chunk
-                self.matrix.write(v, h, rule.decay, factored=final <= call.factored_limit)
-                self._record(norm, bound)
-        counts[DONE] += 1
-        counts[CACHED] = max(0, counts[CACHED] - 1)
-        if call.state.spreads:
-            counts[VALUES] = 0
-
-    def _record(self, norm: Tensor | None, bound: float) -> None:
-        """Note the write's norm: exact under a limit, else the bound ``||v|| ||h||``."""
-        norms = self.call.state.norms[self.index]
-        if norm is None:
-            written = norms.new_tensor(bound)
-        else:
-            limit = self.call.limit()
-            assert limit is not None
-            self.counts[CLIPPED] += int(norm > limit)
-            written = torch.minimum(norm, limit.to(norm.dtype))
-        norms[LAST] = written
-        norms[PEAK] = torch.maximum(norms[PEAK], written.to(norms.dtype))
-        norms[TOTAL] += written
+def _advance(row: Row, runs: list[Run], y: Tensor, b: int, *, base_done: bool, apply: bool) -> None:
+    """Feed all tokens of sequence b."""
+    for run in runs:
+        row.advance(run, row.call.h[b], row.call.t[b], y, base_done=base_done, apply=apply)
+    row.catch_up()
 
 
 _NEXT = [Run(0, 1, fresh=False, padding=False)]

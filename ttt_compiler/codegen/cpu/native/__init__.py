@@ -7,8 +7,10 @@ signatures of what they export; ``ttt-compiler doctor`` says whether there is a 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +25,28 @@ NAMES = {
     torch.bfloat16: "bfloat16",
     torch.float16: "float16",
 }
-_FILES = ("numbers", "conv", "dots", "squares", "values", "spread", "units", "decode", "blocks", "products")
+_FILES = (
+    "operands",
+    "numbers",
+    "conv",
+    "dots",
+    "squares",
+    "values",
+    "spread",
+    "units",
+    "decode",
+    "blocks",
+    "products",
+)
+_used = True
+_listeners: list[Callable[[bool], None]] = []
 _INT, _SIZE, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 _FLOAT = ctypes.c_float
 # Per function of one dtype: what it takes, what it returns, and the dtypes that there are.
 _SIGNATURES: dict[str, tuple[list[Any], Any, tuple[str, ...]]] = {
     "conv": ([_POINTER] * 3 + [_SIZE] * 4 + [_INT], None, tuple(NAMES.values())),
     "taps": ([_POINTER] * 3 + [_SIZE] * 4 + [_INT], None, tuple(NAMES.values())),
+    # Called by the operator alone (op.cpp).
     "decode": ([_POINTER, _POINTER, _INT], _INT, tuple(NAMES.values())),
     "spread": ([_POINTER] * 5 + [_SIZE] * 9 + [_INT], None, tuple(NAMES.values())),
     "units": ([_POINTER, _POINTER, _SIZE, _SIZE], None, tuple(NAMES.values())),
@@ -39,9 +56,41 @@ _SIGNATURES: dict[str, tuple[list[Any], Any, tuple[str, ...]]] = {
 }
 
 
-@functools.cache
+def is_used() -> bool:
+    """Whether the functions may be called: always, but inside of :func:`unused`."""
+    return _used
+
+
+@contextlib.contextmanager
+def unused() -> Iterator[None]:
+    """As if there was no compiler, for what is to be compared with it, and for other code on CPU tensors."""
+    _use(False)
+    try:
+        yield
+    finally:
+        _use(True)
+
+
+def _use(whether: bool) -> None:
+    global _used
+    _used = whether
+    for listener in _listeners:
+        listener(whether)
+
+
+def on_use(listener: Callable[[bool], None]) -> None:
+    """Call ``listener`` with what holds now, and whenever that changes."""
+    _listeners.append(listener)
+    listener(_used)
+
+
 def function(name: str, dtype: torch.dtype) -> Any:
     """``name`` for operands of ``dtype``, or None if there is none."""
+    return _function(name, dtype) if _used else None
+
+
+@functools.cache
+def _function(name: str, dtype: torch.dtype) -> Any:
     found = library()
     if found is None or NAMES.get(dtype) not in _SIGNATURES[name][2]:
         return None

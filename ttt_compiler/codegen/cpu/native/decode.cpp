@@ -1,26 +1,9 @@
-// One token of sequences that read their matrix and keep the token; see decode.py.
+// One token of sequences that read their matrix and keep the token; called by op.cpp.
 namespace {
 
-// What is returned, and what stands in ``done``: together with decode.py.
-enum Result { ALL = 0, SOME = 1, NEEDS_BASE = 2, BORDER = 4, IS_BASE = 8 };
-enum Done : uint8_t { NOT, KEPT, COMPLETE };
 constexpr int64_t kNotAhead = -1;
 // Steps between two turns of a row at most; near the border, where units of a few tokens are left; and its last steps.
 constexpr int64_t kTurns = 16, kLate = 32, kAtLast = 4;
-
-// As decode.py fills it, 8 bytes a field.
-template <typename T, typename A>
-struct Operands {
-  const T *h, *t;
-  T* y;
-  const T *bias, *w0;  // either may be null; w0 where its rows are not in one piece
-  A* w;
-  int64_t* table;
-  const int64_t *batch, *pos;  // pos may be null; one of all rows, or of each
-  uint8_t* done;               // of each sequence
-  int64_t members, positions, rows, columns, w0_stride;
-  int64_t spread;  // tokens that a write is spread over
-};
 
 template <typename T, typename A>
 struct Decode : Operands<T, A> {
@@ -266,9 +249,9 @@ struct Decode : Operands<T, A> {
 }  // namespace
 
 #define TTT_DECODE(NAME, T, A)                                                                                   \
-  static_assert(sizeof(Operands<T, A>) == 16 * 8);                                                               \
-  extern "C" int decode_##NAME(const Operands<T, A>* operands, const Ahead<T, A>* ahead, int base_done) {        \
-    return Decode<T, A>(*operands, *ahead).run(base_done != 0);                                                  \
+  extern "C" int decode_##NAME(const Operands<T, A>* operands, const Material<T, A>* of_v, int base_done) {      \
+    const Ahead<T, A> ahead{*of_v};                                                                              \
+    return Decode<T, A>(*operands, ahead).run(base_done != 0);                                                   \
   }
 
 TTT_DECODE(float32, float, float)

@@ -1,28 +1,12 @@
 // v of a chunk ahead of its end, unit by unit, from the tokens that the tail holds; see units.py.
 namespace {
 
-// Columns of the table of rows and of the norms: together with layout.py.
-enum { SEEN, DONE, WRITES, FACTORED, SLOT, LEFT = 8, VALUES = 9 };
-enum { LAST, PEAK, TOTAL, OF_V, OF_H };
-
-// Some tokens of a chunk, and which part of what makes their v, in the order in which they are made: part 0 of many
-// tokens is their convolution alone.
-struct Unit {
-  int64_t first, stop, part, parts;
-};
-
-// As units.py fills it, 8 bytes a field.
 template <typename T, typename A>
-struct Ahead {
-  T *tail_h, *tail_t;  // [lanes, capacity, f], [lanes, capacity, dt]
-  T* tail_v;           // [rows, ..], of which the last d * chunk of a row are v, [d, chunk]
-  int32_t* lanes;      // null while every row uses its own
-  A* norms;            // [rows, norm_columns]
-  const T *conv, *p;   // [dt, kernel], and [dt, d] or null
-  const Unit* units;
-  int64_t count, norm_columns, d, f, dt, chunk, capacity, values_stride, kernel;
-  double scale;
-  int64_t threads;
+struct Ahead : Material<T, A> {
+  using Base = Material<T, A>;
+  using Base::tail_h, Base::tail_t, Base::tail_v, Base::lanes, Base::norms, Base::conv, Base::p, Base::units;
+  using Base::count, Base::norm_columns, Base::d, Base::f, Base::dt, Base::chunk, Base::capacity;
+  using Base::values_stride, Base::kernel, Base::scale, Base::threads;
 
   // Makes the next units of row r, ``most`` at most, whose tokens and those that their taps see are there: parts of
   // the same tokens at once.
@@ -120,9 +104,8 @@ struct Ahead {
 }  // namespace
 
 #define TTT_UNITS(NAME, T, A)                                                                            \
-  static_assert(sizeof(Ahead<T, A>) == 19 * 8);                                                          \
-  extern "C" void units_##NAME(const Ahead<T, A>* ahead, int64_t* me, int64_t row, int64_t most) {       \
-    ahead->make(me, row, most);                                                                          \
+  extern "C" void units_##NAME(const Material<T, A>* of_v, int64_t* me, int64_t row, int64_t most) {       \
+    Ahead<T, A>{*of_v}.make(me, row, most);                                                              \
   }
 
 TTT_UNITS(float32, float, float)

@@ -25,7 +25,7 @@ from ttt_compiler.spec import SiteSpec
 # Tokens of a unit, and how many units share them: the first one is their convolution, the others have so many
 # columns that as little is read of P as of the tokens. A chunk's last tokens come late: many columns of few.
 _SPANS, _LAST = ((64, 1 + 16), (32, 1 + 8)), (4, 2)
-# Elements of W from which on more than one thread reads it, and makes v.
+# Elements of W from which on more than one thread reads it, and makes v: together with op.cpp.
 _MANY = 1 << 16
 
 
@@ -69,12 +69,13 @@ def table_of(chunk: int) -> ctypes.Array[ctypes.c_int64]:
 
 
 @functools.cache
-def _bits(x: float) -> int:
+def bits_of(x: float) -> int:
+    """A double as C++ finds it in an int64."""
     return int(struct.unpack("q", struct.pack("d", x))[0])
 
 
-def ahead_of(state: StateTensors, conv: Tensor, proj: Tensor | None, spec: SiteSpec) -> array[int]:
-    """``struct Ahead``: what makes v of a site's rows, as pointers and sizes.
+def material_of(state: StateTensors, conv: Tensor, proj: Tensor | None, spec: SiteSpec) -> array[int]:
+    """``struct Material``: what makes v of a site's rows, as pointers and sizes.
 
     The operands must outlive it: conv ``[Dt, 1, K]``, proj ``[Dt, D]`` or None. Where they have another dtype
     than the tail, or are not contiguous, there are no units: v is left to :func:`make_units` at the border.
@@ -101,7 +102,7 @@ def ahead_of(state: StateTensors, conv: Tensor, proj: Tensor | None, spec: SiteS
             state.tail_h.shape[1],
             state.tail_v.stride(0),
             conv.shape[-1],
-            _bits(spec.write_scale),
+            bits_of(spec.write_scale),
             torch.get_num_threads() if d * f >= _MANY else 1,
         ),
     )
@@ -132,6 +133,6 @@ def make_units(
     assert function is not None, "v of a few tokens is made in C++"
     conv = conv.to(dtype).contiguous()
     proj = None if proj is None else proj.to(dtype).contiguous()
-    me, ahead = array("q", counts), ahead_of(state, conv, proj, spec)
-    function(ahead.buffer_info()[0], me.buffer_info()[0], row, most)
+    me, material = array("q", counts), material_of(state, conv, proj, spec)
+    function(material.buffer_info()[0], me.buffer_info()[0], row, most)
     counts[VALUES] = me[VALUES]

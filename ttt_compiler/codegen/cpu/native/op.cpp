@@ -1,0 +1,182 @@
+// ttt::fast_weight_step on CPU as torch calls it: one token here, all else in Python (ttt::fast_weight_rest). A library
+// of its own behind operands.cpp, since torch's headers take as long to compile as the loops do; see op.py.
+#include <ATen/Parallel.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
+#include <torch/library.h>
+
+#include <atomic>
+#include <mutex>
+#include <string>
+#include <unordered_map>
+
+namespace {
+
+using at::Tensor;
+using Optional = std::optional<Tensor>;
+
+// decode_float32 and so on: of the other library.
+using DecodeFunction = int (*)(const Operands<void, void>*, const Material<void, void>*, int);
+enum Kind { FLOAT32, FLOAT64, BFLOAT16, FLOAT16, OTHER };
+std::atomic<DecodeFunction> functions[OTHER];
+std::atomic<bool> used{true};
+
+Kind kind_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case at::kFloat: return FLOAT32;
+    case at::kDouble: return FLOAT64;
+    case at::kBFloat16: return BFLOAT16;
+    case at::kHalf: return FLOAT16;
+    default: return OTHER;
+  }
+}
+
+// Elements of W from which on more than one thread reads it, and makes v: together with units.py.
+constexpr int64_t kMany = 1 << 16;
+// Where a site's numbers stand in what ttt::step_constants returns.
+enum { CHUNK, SPREAD, SCALE, COUNT, UNITS };
+
+struct Call {
+  const Tensor &h, &t, &w0;
+  const Optional& bias;
+  const Tensor& conv;
+  const Optional &proj, &pos;
+  c10::string_view spec;
+  const Tensor &w, &tail_h, &tail_t, &tail_v, &lanes, &rows, &norms, &batch;
+};
+
+// What a site's spec says, as int64: asked of Python once. Kept for ever, as a site's spec is by its graph.
+const int64_t* constants_of(const Call& call) {
+  static std::mutex mutex;
+  static std::unordered_map<std::string, Tensor> known;
+  static thread_local std::string key;
+  key.assign(call.spec.data(), call.spec.size());
+  const std::lock_guard<std::mutex> lock(mutex);
+  auto found = known.find(key);
+  if (found == known.end()) {
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("ttt::step_constants", "")
+                               .typed<Tensor(const Tensor&, c10::string_view)>();
+    found = known.emplace(key, op.call(call.rows, call.spec)).first;
+  }
+  return found->second.const_data_ptr<int64_t>();
+}
+
+struct Step {
+  Tensor y, done;
+  bool base_done = false, all = false;
+};
+
+bool is(const Tensor& x, at::IntArrayRef sizes) { return x.sizes() == sizes; }
+
+// Whether the loops take these operands. Python takes all, and says what is wrong with those that nothing takes.
+bool fits(const Call& c) {
+  if (c.w0.dim() != 2) return false;
+  const auto type = c.h.scalar_type();
+  const int64_t members = c.batch.numel(), d = c.w0.size(0), f = c.w0.size(1), slots = c.rows.size(0);
+  if (!is(c.h, {members, 1, f}) || !is(c.t, {members, 1, c.tail_t.size(2)}) || !is(c.w, {slots, d, f})) return false;
+  if (c.pos && !is(*c.pos, {members, 1}) && !is(*c.pos, {1, 1})) return false;
+  for (const Tensor* x : {&c.t, &c.w0, &c.tail_h, &c.tail_t, &c.tail_v})
+    if (x->scalar_type() != type) return false;
+  if (c.w.scalar_type() != (type == at::kDouble ? at::kDouble : at::kFloat)) return false;
+  if (c.bias && (c.bias->scalar_type() != type || !c.bias->is_contiguous())) return false;
+  for (const Tensor* x : {&c.w, &c.tail_h, &c.tail_t, &c.tail_v, &c.lanes, &c.rows, &c.norms, &c.batch})
+    if (!x->is_contiguous()) return false;
+  const int64_t* batch = c.batch.const_data_ptr<int64_t>();
+  return std::all_of(batch, batch + members, [&](int64_t b) { return b >= 0 && b < slots; });
+}
+
+// One token of each sequence; nothing has changed where there is no ``y``.
+Step decode(const Call& c) {
+  const Kind kind = kind_of(c.h);
+  const DecodeFunction function = kind == OTHER ? nullptr : functions[kind].load(std::memory_order_relaxed);
+  if (!function || !fits(c)) return {};
+  const int64_t* of = constants_of(c);
+  const int64_t members = c.h.size(0), d = c.w0.size(0), f = c.w0.size(1);
+  const auto type = c.h.scalar_type();
+  const bool spreads = c.rows.size(1) > VALUES;
+  const bool makes_v = c.conv.scalar_type() == type && c.conv.is_contiguous() &&
+                       (!c.proj || (c.proj->scalar_type() == type && c.proj->is_contiguous()));
+  const Tensor h = c.h.contiguous(), t = c.t.contiguous();
+  const Tensor pos = c.pos ? c.pos->to(at::kLong).contiguous() : Tensor();
+  Step step{at::empty({members, 1, d}, c.h.options()), at::empty({members}, at::kByte), false, members == 0};
+  if (step.all) return step;
+  Material<void, void> material{c.tail_h.data_ptr(),
+                                c.tail_t.data_ptr(),
+                                c.tail_v.data_ptr(),
+                                c.lanes.size(1) ? c.lanes.data_ptr<int32_t>() : nullptr,
+                                c.norms.data_ptr(),
+                                c.conv.const_data_ptr(),
+                                c.proj ? c.proj->const_data_ptr() : nullptr,
+                                reinterpret_cast<const Unit*>(of + UNITS),
+                                makes_v ? of[COUNT] : 0,
+                                c.norms.size(1),
+                                d,
+                                f,
+                                c.tail_t.size(2),
+                                of[CHUNK],
+                                c.tail_h.size(1),
+                                c.tail_v.stride(0),
+                                c.conv.size(2),
+                                0.0,
+                                d * f >= kMany ? at::get_num_threads() : 1};
+  std::memcpy(&material.scale, of + SCALE, sizeof material.scale);
+  Operands<void, void> operands{h.const_data_ptr(),
+                                t.const_data_ptr(),
+                                step.y.data_ptr(),
+                                c.bias ? c.bias->const_data_ptr() : nullptr,
+                                c.w0.stride(1) == 1 ? c.w0.const_data_ptr() : nullptr,
+                                c.w.data_ptr(),
+                                c.rows.data_ptr<int64_t>(),
+                                c.batch.const_data_ptr<int64_t>(),
+                                c.pos ? pos.const_data_ptr<int64_t>() : nullptr,
+                                step.done.data_ptr<uint8_t>(),
+                                members,
+                                c.pos ? pos.size(0) : 1,
+                                c.rows.size(0),
+                                c.rows.size(1),
+                                c.w0.stride(0),
+                                spreads ? of[SPREAD] : 0};
+  int result = function(&operands, &material, 0);
+  step.base_done = result & (NEEDS_BASE | IS_BASE);
+  // One read of W0 for all rows, by the base model's own projection.
+  if (step.base_done) step.y = at::linear(h, c.w0, c.bias);
+  if (result & NEEDS_BASE) {
+    operands.y = step.y.data_ptr();
+    result = function(&operands, &material, 1);
+  }
+  step.all = !(result & (SOME | BORDER));
+  return step;
+}
+
+Tensor rest(const Call& c, const Step& step) {
+  using In = const Tensor&;
+  using Maybe = const Optional&;
+  using Rest = Tensor(In, In, In, Maybe, In, Maybe, Maybe, c10::string_view, In, In, In, In, In, In, In, In, Maybe,
+                      Maybe, bool);
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("ttt::fast_weight_rest", "").typed<Rest>();
+  const bool began = step.y.defined();
+  return op.call(c.h, c.t, c.w0, c.bias, c.conv, c.proj, c.pos, c.spec, c.w, c.tail_h, c.tail_t, c.tail_v, c.lanes,
+                 c.rows, c.norms, c.batch, began ? Optional(step.y) : std::nullopt,
+                 began ? Optional(step.done) : std::nullopt, step.base_done);
+}
+
+Tensor fast_weight_step(const Tensor& h, const Tensor& t, const Tensor& w0, const Optional& bias, const Tensor& conv,
+                        const Optional& proj, const Optional& pos, c10::string_view spec, const Tensor& w,
+                        const Tensor& tail_h, const Tensor& tail_t, const Tensor& tail_v, const Tensor& lanes,
+                        const Tensor& rows, const Tensor& norms, const Tensor& batch) {
+  const Call call{h, t, w0, bias, conv, proj, pos, spec, w, tail_h, tail_t, tail_v, lanes, rows, norms, batch};
+  Step step;
+  if (h.size(1) == 1 && used.load(std::memory_order_relaxed)) step = decode(call);
+  return step.all ? step.y : rest(call, step);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(ttt, CPU, m) { m.impl("fast_weight_step", fast_weight_step); }
+
+// Functions by kind; before that, and while it is not to be used, every call goes to Python.
+extern "C" void bind_decode(int kind, void* function) { functions[kind] = reinterpret_cast<DecodeFunction>(function); }
+extern "C" void use_decode(int whether) { used = whether != 0; }
