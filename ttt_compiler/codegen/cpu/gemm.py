@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ttt_compiler.codegen.cpu.native import blocks
+from ttt_compiler.codegen.cpu.native import blocks, panels
 from ttt_compiler.codegen.cpu.native.products import multiply
 from ttt_compiler.compat.processor import product_dtype
 
@@ -179,6 +179,7 @@ class FastMatrix:
         dtype: operand dtype.
         name: workspace slot of the low-precision copy; distinct for matrices used side by side.
         written: whether ``master`` already holds W.
+        turns: whether ``apply_transposed`` is called, too: both read one copy then.
     """
 
     def __init__(
@@ -189,13 +190,16 @@ class FastMatrix:
         *,
         name: str,
         written: bool = False,
+        turns: bool = False,
     ) -> None:
         self.base = base
         self.master = master
         self.dtype = dtype
         self.name = name
         self.written = written
+        self.turns = turns
         self._shadow: Tensor | None = None
+        self._panels: Tensor | None = None
 
     @property
     def is_zero(self) -> bool:
@@ -205,7 +209,7 @@ class FastMatrix:
     def reset(self) -> None:
         """Back to ``base``."""
         self.written = False
-        self._shadow = None
+        self._forget_copies()
 
     def operand(self, rows: int) -> Tensor:
         """W to multiply ``rows`` rows with: operand dtype, or the fp32 master for a few rows."""
@@ -226,8 +230,22 @@ class FastMatrix:
     def _new_shadow(self) -> Tensor:
         return workspace(f"{self.name}.shadow", tuple(self.master.shape), self.dtype)
 
+    def _new_panels(self) -> Tensor | None:
+        """Room for the copy as :meth:`apply` reads it fastest, if there is such a one."""
+        shape = panels.shape_of(self.master, self.dtype) if self._needs_shadow and not self.turns else None
+        return None if shape is None else workspace(f"{self.name}.panels", shape, self.dtype)
+
+    def _forget_copies(self) -> None:
+        self._shadow = self._panels = None
+
     def apply(self, h: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """``out = h @ W.T (+ bias)``. h ``[m, F]``, out ``[m, D]``."""
+        if self.written and len(h) >= SHADOW_MIN_ROWS:
+            if self._panels is None and (made := self._new_panels()) is not None:
+                panels.pack(self.master, made)
+                self._panels = made
+            if self._panels is not None and panels.apply(h, self._panels, bias, out):
+                return
         apply(h, self.operand(h.shape[0]), bias, out, self.name)
 
     def apply_transposed(self, x: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
@@ -248,7 +266,7 @@ class FastMatrix:
             self.master.mul_(factor)
             if self.base is not None:
                 self.master.add_(self.base, alpha=1.0 - factor)
-            self._shadow = None
+            self._forget_copies()
 
     def write(self, v: Tensor, h: Tensor) -> None:
         """``W += v.T @ h`` with fp32 accumulation. v ``[m, D]``, h ``[m, F]``."""
@@ -274,7 +292,7 @@ class FastMatrix:
             else:
                 self.master.add_(torch.mm(v.t(), h))
         self.written = True
-        self._shadow = None
+        self._forget_copies()
 
     def _write_blocks(self, v: Tensor, h: Tensor) -> bool:
         """The same block by block, if that can be; the copy for the next apply is made on the way."""
@@ -282,8 +300,10 @@ class FastMatrix:
         if base is not None and not (base.dtype == v.dtype and base.is_contiguous()):
             self.master.copy_(base)
             self.written = True
-        copy = self._new_shadow() if self._needs_shadow else None
-        done = blocks.write(v, h, self.master, None if self.written else base, copy, written=self.written)
+        in_panels = self._new_panels()
+        copy = self._new_shadow() if self._needs_shadow and in_panels is None else None
+        into = copy if in_panels is None else in_panels
+        done = blocks.write(v, h, self.master, None if self.written else base, into, written=self.written)
         if done:
-            self.written, self._shadow = True, copy
+            self.written, self._shadow, self._panels = True, copy, in_panels
         return done

@@ -113,8 +113,8 @@ def chunk_scan_backward(
     batch, length, _ = h.shape
     dh, dv = torch.empty_like(h), torch.zeros_like(v)
     dw0 = torch.zeros(w0.shape, dtype=state_dtype(h.dtype))
-    w = _fast(w0, "scan.w", h.dtype, tuple(w0.shape))
-    s = _fast(None, "scan.s", h.dtype, tuple(w0.shape))
+    w = _fast(w0, "scan.w", h.dtype, tuple(w0.shape), turns=True)
+    s = _fast(None, "scan.s", h.dtype, tuple(w0.shape), turns=True)
     for b, runs in enumerate(row_runs(pos, batch, length)):
         for run in runs:
             if run.padding:
@@ -144,8 +144,10 @@ def chunk_scan_backward(
     return dh, dv, dw0.to(w0.dtype)
 
 
-def _fast(base: Tensor | None, slot: str, dtype: torch.dtype, shape: tuple[int, ...]) -> FastMatrix:
-    return FastMatrix(base, workspace(slot, shape, state_dtype(dtype)), dtype, name=slot)
+def _fast(
+    base: Tensor | None, slot: str, dtype: torch.dtype, shape: tuple[int, ...], *, turns: bool = False
+) -> FastMatrix:
+    return FastMatrix(base, workspace(slot, shape, state_dtype(dtype)), dtype, name=slot, turns=turns)
 
 
 def _base(h: Tensor, w0: Tensor, bias: Tensor | None, y: Tensor, run: Run) -> None:

@@ -35,6 +35,7 @@ _FILES = (
     "spread",
     "units",
     "decode",
+    "panels",
     "blocks",
     "products",
 )
@@ -51,8 +52,10 @@ _SIGNATURES: dict[str, tuple[list[Any], Any, tuple[str, ...]]] = {
     "spread": ([_POINTER] * 5 + [_SIZE] * 9 + [_INT], None, tuple(NAMES.values())),
     "units": ([_POINTER, _POINTER, _SIZE, _SIZE], None, tuple(NAMES.values())),
     "squares": ([_POINTER, _SIZE, _INT], ctypes.c_double, tuple(NAMES.values())),
-    "blocks": ([_POINTER] * 7 + [_SIZE] * 3 + [_INT] * 3, _INT, ("float32", "bfloat16")),
-    "wideblocks": ([_POINTER] * 7 + [_SIZE] * 3 + [_INT] * 3, _INT, ("bfloat16", "float16")),
+    "blocks": ([_POINTER] * 7 + [_SIZE] * 3 + [_INT] * 4, _INT, ("float32", "bfloat16")),
+    "wideblocks": ([_POINTER] * 7 + [_SIZE] * 3 + [_INT] * 4, _INT, ("bfloat16", "float16")),
+    "panels": ([_POINTER] * 6 + [_SIZE] * 3 + [_INT], _INT, ("bfloat16",)),
+    "pack": ([_POINTER] * 2 + [_SIZE] * 2 + [_INT], None, ("bfloat16",)),
 }
 
 

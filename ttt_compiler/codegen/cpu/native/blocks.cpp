@@ -1,12 +1,6 @@
 // C += A B in blocks that stay in the cache while oneDNN's block product sums them in fp32; see blocks.py.
 namespace {
 
-// C [m, n] (+)= A [m, k] B [k, n]; of 16-bit operands B holds pairs of rows side by side.
-template <typename P>
-using Product = void (*)(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add, const P* a,
-                         const P* b, float* c, bool pairs);
-using Release = void (*)(bool pairs);
-
 // What a block of C holds before the product is added.
 enum Before { ITSELF = 0, BASE = 1, ZERO = 2 };
 
@@ -24,7 +18,7 @@ struct Blocks {
   const T* base;
   T* copy;  // may be null
   int64_t depth, rows, columns;
-  int before, turned, threads;
+  int before, turned, in_panels, threads;
 
   static constexpr bool kPairs = sizeof(P) == 2;
 
@@ -77,6 +71,12 @@ struct Blocks {
   // A, rows first to last: [., k].
   void hold(P* out, int64_t k, int64_t first, int64_t last) const {
     constexpr int64_t kTile = 16;
+    if constexpr (std::is_same_v<P, bf16>)
+      if (turned && depth % kTile == 0 && (last - first) % 32 == 0) {
+        for (int64_t r = first; r < last; r += 32)
+          for (int64_t t = 0; t < depth; t += kTile) turn(a + t * rows + r, rows, out + r * k + t, k);
+        return;
+      }
     const int64_t along = turned ? rows : 1, across = turned ? 1 : depth;
     for (int64_t t = 0; t < depth; t += kTile)
       for (int64_t r = first; r < last; ++r)
@@ -87,9 +87,18 @@ struct Blocks {
 
   // n columns of B.
   void pack(P* out, int64_t first, int64_t n) const {
+    // Rows lie far apart: no processor foresees the next one.
+    constexpr int64_t kAsked = 16;
+    const auto ask = [&](int64_t t) {
+      if (t < depth)
+        for (int64_t j = 0; j < n; j += 64 / int64_t(sizeof(T))) __builtin_prefetch(b + t * columns + first + j);
+    };
+    for (int64_t t = 0; t < kAsked; ++t) ask(t);
     if constexpr (kPairs) {
       static_assert(std::is_same_v<T, P>);
       for (int64_t t = 0; t < depth; t += 2) {
+        ask(t + kAsked);
+        ask(t + kAsked + 1);
         const uint16_t* one = reinterpret_cast<const uint16_t*>(b + t * columns + first);
         const uint16_t* two = one + columns;
         uint32_t* pairs = reinterpret_cast<uint32_t*>(out + t * n);
@@ -99,8 +108,10 @@ struct Blocks {
           for (int64_t j = 0; j < n; ++j) pairs[j] = one[j];
       }
     } else {
-      for (int64_t t = 0; t < depth; ++t)
+      for (int64_t t = 0; t < depth; ++t) {
+        ask(t + kAsked);
         for (int64_t j = 0; j < n; ++j) to(out[t * n + j], b[t * columns + first + j]);
+      }
     }
   }
 
@@ -110,6 +121,8 @@ struct Blocks {
       for (int64_t i = 0; i < m; ++i)
         for (int64_t j = here; j < here + n; ++j) c[i * columns + j] = widen(base[i * columns + j]);
     product(m, n, k, k, n, columns, before != ZERO, left, packed, c + here, kPairs);
+    if constexpr (std::is_same_v<T, bf16>)
+      if (copy && in_panels) return to_panels(c + here, copy, columns, r, m, first, n);
     if (copy)
       for (int64_t i = 0; i < m; ++i) narrow_away(copy + i * columns + here, c + i * columns + here, n);
   }
@@ -119,10 +132,11 @@ struct Blocks {
 
 #define TTT_BLOCKS(NAME, T, P)                                                                                      \
   extern "C" int NAME(void* product, void* release, const T* a, const T* b, float* c, const T* base, T* copy,       \
-                      int64_t depth, int64_t rows, int64_t columns, int before, int turned, int threads) {          \
+                      int64_t depth, int64_t rows, int64_t columns, int before, int turned, int in_panels,          \
+                      int threads) {                                                                                \
     try {                                                                                                           \
       return Blocks<T, P>{reinterpret_cast<Product<P>>(product), reinterpret_cast<Release>(release), a, b, c, base, \
-                          copy, depth, rows, columns, before, turned, threads}                                      \
+                          copy, depth, rows, columns, before, turned, in_panels, threads}                           \
           .run();                                                                                                   \
     } catch (...) {                                                                                                 \
       return 0;                                                                                                     \

@@ -32,7 +32,7 @@ def write(
         h: ``[m, F]``.
         w: fp32 ``[D, F]``.
         base: what W is before the first write; None is zero. Of the operands' dtype.
-        copy: ``[D, F]`` of the operands' dtype to fill with W, or None.
+        copy: ``[D, F]`` of the operands' dtype to fill with W, or as :mod:`.panels` has it, or None.
         written: whether ``w`` holds W already.
 
     Returns:
@@ -85,16 +85,22 @@ def _run(
     ):
         return False
     addresses = [None if x is None else x.data_ptr() for x in (a, b, out, base, copy)]
-    if not function(*addresses, depth, *out.shape, before, turned, torch.get_num_threads()):
+    in_panels = copy is not None and copy.dim() > 2
+    if not function(*addresses, depth, *out.shape, before, turned, in_panels, torch.get_num_threads()):
         raise RuntimeError(
             f"oneDNN made a block product once and failed now, {tuple(a.shape)} {tuple(b.shape)}"
         )
     return True
 
 
-@functools.cache
 def _function(dtype: torch.dtype) -> Any:
-    """The function for operands of ``dtype`` on this processor, or None; by trying it."""
+    """The function for operands of ``dtype`` on this processor, or None."""
+    return _tried(dtype) if native.is_used() else None
+
+
+@functools.cache
+def _tried(dtype: torch.dtype) -> Any:
+    """It, by trying it once."""
     if dtype not in native.NAMES or dtype == torch.float64:
         return None
     wide = product_dtype(dtype)
@@ -105,6 +111,6 @@ def _function(dtype: torch.dtype) -> Any:
     call = functools.partial(function, *addresses)
     v, h = torch.arange(6.0).view(3, 2).to(dtype), torch.ones(3, 5, dtype=dtype)
     w, copy = torch.ones(2, 5), torch.empty(2, 5, dtype=dtype)
-    done = call(v.data_ptr(), h.data_ptr(), w.data_ptr(), None, copy.data_ptr(), 3, 2, 5, _ITSELF, 1, 1)
+    done = call(v.data_ptr(), h.data_ptr(), w.data_ptr(), None, copy.data_ptr(), 3, 2, 5, _ITSELF, 1, 0, 1)
     exact = 1 + v.float().t() @ h.float()
     return call if done and torch.equal(w, exact) and torch.equal(copy.float(), exact) else None
