@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ttt_compiler.compat.processor import build_cpp
+from ttt_compiler.compat.processor import block_product, build_cpp, product_dtype
 
 # Dtypes of operands, as the names of exported functions end.
 NAMES = {
@@ -28,16 +28,17 @@ NAMES = {
 _FILES = (
     "operands",
     "numbers",
+    "panels",
+    "blocks",
+    "products",
     "conv",
     "dots",
     "squares",
+    "pairs",
     "values",
     "spread",
     "units",
     "decode",
-    "panels",
-    "blocks",
-    "products",
 )
 _used = True
 _listeners: list[Callable[[bool], None]] = []
@@ -111,4 +112,8 @@ def library() -> ctypes.CDLL | None:
                 function = getattr(built, f"{name}_{dtype}")
                 function.argtypes, function.restype = taken, returned
         built.multiply.argtypes, built.multiply.restype = [*[_POINTER] * 4, _FLOAT], _INT
+        built.bind_pairs.argtypes, built.bind_pairs.restype = [_POINTER] * 2, _INT
+        addresses = block_product(torch.bfloat16)
+        if addresses is not None and product_dtype(torch.bfloat16) == torch.bfloat16:
+            built.bind_pairs(*addresses)
     return built
