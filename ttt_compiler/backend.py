@@ -40,7 +40,8 @@ from ttt_compiler.errors import (
 )
 from ttt_compiler.passes.base import is_op
 from ttt_compiler.passes.pipeline import PipelineResult, pipeline_uuid, run_pipeline
-from ttt_compiler.runtime.root import REWRITTEN, Root, call_mode
+from ttt_compiler.runtime.calls import call_mode
+from ttt_compiler.runtime.root import REWRITTEN, Root
 
 
 def inplace_ttt(

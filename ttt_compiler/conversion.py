@@ -32,13 +32,13 @@ from ttt_compiler.errors import (
     UnsupportedModelError,
 )
 from ttt_compiler.runtime import generation
+from ttt_compiler.runtime.calls import call_mode
 from ttt_compiler.runtime.root import (
     DOCUMENTS_ARGUMENT,
     NAME,
     REWRITTEN,
     STATE_ARGUMENT,
     Root,
-    call_mode,
     find_root,
     forward_slots,
     require_root,

@@ -32,7 +32,8 @@ from ttt_compiler.errors import UnsupportedModelError
 from ttt_compiler.passes.find_mlps import MLPSite, find_mlps
 from ttt_compiler.passes.graph import GraphView
 from ttt_compiler.passes.pipeline import run_pipeline
-from ttt_compiler.runtime.root import REWRITTEN, require_padding_mask
+from ttt_compiler.runtime.documents import require_padding_mask
+from ttt_compiler.runtime.root import REWRITTEN
 from ttt_compiler.spec import SiteSpec
 
 

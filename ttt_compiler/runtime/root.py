@@ -2,14 +2,14 @@
 
 Two halves. :meth:`Root.prepare` runs outside of any capture: it gives a fresh cache its fast-weight state
 and refuses caches that cannot be right. :meth:`Root.enter` is captured: it hands state and positions to
-the sites. May be changed here: the document rule's inputs (never the rule), the checks.
+the sites. May be changed here: what a call may pass, the checks; where documents
+start is :mod:`.documents`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ttt_compiler.compat import size_hint, visible_mlps
 from ttt_compiler.compat.cache_names import NEW, OLD, cache_in, under
 from ttt_compiler.config import TTTConfig
 from ttt_compiler.errors import (
@@ -29,6 +28,14 @@ from ttt_compiler.errors import (
     UnsupportedModelError,
 )
 from ttt_compiler.runtime.cache import attach_state, cached_tokens, expect, is_carrier, note_arrival
+from ttt_compiler.runtime.calls import CallLock
+from ttt_compiler.runtime.changes import identity, progress
+from ttt_compiler.runtime.documents import (
+    positions_of,
+    require_boundaries,
+    require_padding_mask,
+    without_padding,
+)
 from ttt_compiler.runtime.generation import require_carriable, require_new_tokens
 from ttt_compiler.runtime.site import CallContext, FastWeightSite, mark, weight_of
 from ttt_compiler.runtime.state import FastWeightState, check_fits
@@ -42,25 +49,6 @@ STATE_ARGUMENT = "ttt_state"
 # Where packed documents start: ours for any model, and the names under which models take them.
 DOCUMENTS_ARGUMENT = "ttt_cu_seqlens"
 _CU_SEQLENS = (DOCUMENTS_ARGUMENT, "cu_seqlens", "cu_seq_lens_q")
-
-
-class CallLock:
-    """Calls of one model run one after another; a copy of the model has a lock of its own."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
-
-    def __deepcopy__(self, memo: object) -> CallLock:
-        return CallLock()
-
-    def __reduce__(self) -> tuple[type[CallLock], tuple[()]]:
-        return CallLock, ()
 
 
 @dataclass(eq=False)
@@ -156,11 +144,11 @@ class Root:
         for spec in self.specs:
             if spec.derived and spec.module:
                 weights += self.modules[spec.key].parameters()
-        return (self.token, *map(_identity, weights))
+        return (self.token, *map(identity, weights))
 
     def adapter(self) -> tuple[object, ...]:
         """Identity of conv and P of every site."""
-        return tuple(_identity(p) for s in self.specs for p in self.parameters(s) if p is not None)
+        return tuple(identity(p) for s in self.specs for p in self.parameters(s) if p is not None)
 
     def check_modules(self, model: nn.Module) -> None:
         """Raise when a module that applies a chosen weight has left the model since conversion.
@@ -252,8 +240,7 @@ class Root:
             require_padding_mask(mask, rows)
 
     def _check_boundaries(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        bounds = next((b for n in _CU_SEQLENS if (b := self.argument(n, args, kwargs)) is not None), None)
-        rows = self._rows(args, kwargs)
+        bounds, rows = self._boundaries(args, kwargs), self._rows(args, kwargs)
         if bounds is not None and rows is not None:
             require_boundaries(bounds, rows)
 
@@ -271,7 +258,7 @@ class Root:
         state = kwargs.get(STATE_ARGUMENT)
         if state is None and self.context.enabled and is_carrier(cache):
             state = cache.ttt
-        before = _progress(state, cache)
+        before = progress(state, cache)
         try:
             yield
             if is_carrier(cache) and state is not None and kwargs.get(STATE_ARGUMENT) is None:
@@ -279,7 +266,7 @@ class Root:
                 assert tokens is not None, "prepare has asked for them"
                 note_arrival(cache, tokens.shape[1], self._positions(args, kwargs, state))
         except BaseException as e:
-            if state is not None and _progress(state, cache) != before:
+            if state is not None and progress(state, cache) != before:
                 state.lost = (
                     f"a call failed half-way ({type(e).__name__}: {str(e).partition(chr(10))[0]}). Type "
                     "session.reset(), or load what was saved before"
@@ -363,96 +350,20 @@ class Root:
             return tokens
         return next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim() >= 2), None)
 
-    def _packed(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], pos: Tensor | None) -> Tensor | None:
-        """Positions of packed documents, from the boundaries that the call names."""
-        bounds = next((b for n in _CU_SEQLENS if (b := self.argument(n, args, kwargs)) is not None), None)
-        rows = self._rows(args, kwargs)
-        if bounds is None or rows is None:
-            return pos
-        return positions_of(bounds, rows.shape[1])
-
     def _positions(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], state: FastWeightState | None
     ) -> Tensor | None:
         pos: Tensor | None = self.argument("position_ids", args, kwargs)
         if pos is None or DOCUMENTS_ARGUMENT in kwargs:
-            pos = self._packed(args, kwargs, pos)
+            bounds, rows = self._boundaries(args, kwargs), self._rows(args, kwargs)
+            if bounds is not None and rows is not None:
+                pos = positions_of(bounds, rows.shape[1])
         mask = self.argument("attention_mask", args, kwargs)
-        if pos is not None and pos.dim() == 1:
-            pos = pos[None]
-        if not isinstance(mask, Tensor) or mask.dim() != 2:
-            return pos
-        tokens = self._tokens(args, kwargs)
-        if tokens is not None:
-            mask = mask[:, -tokens.shape[1] :]
-        if pos is None:
-            # A running state knows where its document began; without one the first real token begins it.
-            pos = mask.long().cumsum(-1) - 1 if state is None else torch.ones_like(mask, dtype=torch.int64)
-        return torch.where(mask == 0, -1, pos)
+        return without_padding(pos, mask, self._tokens(args, kwargs), running=state is not None)
 
-
-def positions_of(cu_seqlens: Tensor, length: int) -> Tensor:
-    """Positions ``[1, T]`` of packed documents whose boundaries are ``cu_seqlens [n + 1]``: 0, ..., T.
-
-    :func:`require_boundaries` has checked them.
-    """
-    place = torch.arange(length, device=cu_seqlens.device)
-    starts = cu_seqlens[torch.bucketize(place, cu_seqlens, right=True) - 1]
-    return (place - starts)[None]
-
-
-def require_boundaries(cu_seqlens: object, rows: Tensor) -> None:
-    """Raise unless ``cu_seqlens`` are boundaries of documents, the same in every row of ``rows [B, T, ..]``.
-
-    Raises:
-        PositionError: they are of another shape or type, go down, or do not span the call.
-    """
-    batch, length = rows.shape[:2]
-    if isinstance(cu_seqlens, Tensor) and cu_seqlens.dim() == 1 and not cu_seqlens.is_floating_point():
-        given = cu_seqlens.tolist()
-        if len(given) > 1 and given[0] == 0 and given[-1] == length and given == sorted(given):
-            return
-    said = f"{tuple(cu_seqlens.shape)}" if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
-    raise PositionError(
-        f"boundaries of documents ({said}) do not fit a call of {batch} rows of {length} tokens. Pass "
-        f"integers [0, ..., {length}] in ascending order: they hold for every row"
-    )
-
-
-def _progress(state: FastWeightState | None, cache: Any) -> tuple[object, ...]:
-    """What changes when a call advances a sequence, without reading a number back from a device."""
-    if state is None:
-        return ()
-    versions = tuple(_written(x) for site in state.sites.values() for x in site)
-    layers = getattr(cache, "layers", ()) or ()
-    keys = [getattr(layer, "keys", None) for layer in layers]
-    return versions, tuple((k.shape, _written(k)) if isinstance(k, Tensor) else None for k in keys)
-
-
-def _identity(x: Tensor) -> tuple[int, int]:
-    """What changes when a weight is replaced or written. Inference tensors do not count that."""
-    return id(x), 0 if x.is_inference() else x._version
-
-
-def _written(x: Tensor) -> object:
-    """How often a tensor was written. Inference tensors do not count: they may have been."""
-    return object() if x.is_inference() else x._version
-
-
-def require_padding_mask(mask: Tensor, rows: Tensor) -> None:
-    """Raise unless a mask of two dimensions marks padding; fake tensors will do.
-
-    Raises:
-        PositionError: it is additive, or of another shape than the tokens of ``rows [B, T, ..]``.
-    """
-    given, wanted = ([size_hint(d) for d in x.shape[:2]] for x in (mask, rows))
-    fits = given[0] in (1, wanted[0]) and given[1] >= wanted[1]
-    if mask.is_floating_point() or not fits:
-        raise PositionError(
-            f"attention_mask {given} of {mask.dtype}: a mask of two dimensions says which "
-            f"tokens are padding, 1 or 0 for each of [batch, tokens] = {wanted}. Pass another kind "
-            "of mask with four dimensions, [batch, 1, tokens, tokens]"
-        )
+    def _boundaries(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Where the call says that its documents start; None where it does not."""
+        return next((b for n in _CU_SEQLENS if (b := self.argument(n, args, kwargs)) is not None), None)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -489,14 +400,3 @@ def forward_slots(forward: Callable[..., Any]) -> dict[str, int]:
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = inspect.signature(forward).parameters.values()
     return {p.name: i for i, p in enumerate(p for p in parameters if p.kind in kinds)}
-
-
-@contextlib.contextmanager
-def call_mode(stateful: bool) -> Iterator[None]:
-    """How a converted model is run.
-
-    A running state is inference: its writes are not differentiable, so such a call records no graph. And
-    ``nn.TransformerEncoderLayer`` must not take its fused path, which hides its MLP from any compiler.
-    """
-    with torch.no_grad() if stateful else contextlib.nullcontext(), visible_mlps():
-        yield
