@@ -67,7 +67,7 @@ class Decoding:
 
     def call(self, h: Tensor, t: Tensor) -> Tensor:
         """The op on the next tokens."""
-        return torch.ops.ttt.fast_weight_step(
+        return torch.ops.ttt.fast_weight_step.default(
             *(h, t, self.w0, None, self.conv, self.proj, None, self.constants, *self.site, self.state.batch)
         )
 

@@ -227,7 +227,7 @@ def test_saving_and_forking_wait_for_a_call(model, tmp_path):
     ]
     try:
         caller.start()
-        assert inside.wait(60)
+        assert inside.wait(300)
         for worker in workers:
             worker.start()
             worker.join(0.2)

@@ -75,6 +75,8 @@ def fast_weight_step(
     """
     length = h.shape[1]
     _require_sizes(h, t, w0, pos, state, batch)
+    if not len(batch):
+        return h.new_empty(0, length, w0.shape[0])
     call = Call(h.contiguous(), t.contiguous(), w0, bias, conv, proj, spec, state, len(batch))
     members = batch.tolist()
     rows = [Row(call, member) for member in members]

@@ -67,6 +67,7 @@ struct Decode : Operands<T, A> {
       return IS_BASE | work(kept);
     }
     if (some_need && !base_done) return NEEDS_BASE;
+    if (!y) return NEEDS_Y;
     const A* wide = widened();
     std::vector<A> scores;
     for (int64_t b : kept)

@@ -4,6 +4,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
+#include <ATen/ops/tensor.h>
 #include <torch/library.h>
 
 #include <atomic>
@@ -64,7 +65,8 @@ const int64_t* constants_of(const Call& call) {
 }
 
 struct Step {
-  Tensor y, done;
+  Tensor y;
+  std::vector<uint8_t> done;
   bool base_done = false, all = false;
 };
 
@@ -91,7 +93,7 @@ bool fits(const Call& c) {
 Step decode(const Call& c) {
   const Kind kind = kind_of(c.h);
   const DecodeFunction function = kind == OTHER ? nullptr : functions[kind].load(std::memory_order_relaxed);
-  if (!function || !fits(c)) return {};
+  if (!function || !fits(c) || c.h.size(0) == 0) return {};
   const int64_t* of = constants_of(c);
   const int64_t members = c.h.size(0), d = c.w0.size(0), f = c.w0.size(1);
   const auto type = c.h.scalar_type();
@@ -100,8 +102,7 @@ Step decode(const Call& c) {
                        (!c.proj || (c.proj->scalar_type() == type && c.proj->is_contiguous()));
   const Tensor h = c.h.contiguous(), t = c.t.contiguous();
   const Tensor pos = c.pos ? c.pos->to(at::kLong).contiguous() : Tensor();
-  Step step{at::empty({members, 1, d}, c.h.options()), at::empty({members}, at::kByte), false, members == 0};
-  if (step.all) return step;
+  Step step{Tensor(), std::vector<uint8_t>(members)};
   Material<void, void> material{c.tail_h.data_ptr(),
                                 c.tail_t.data_ptr(),
                                 c.tail_v.data_ptr(),
@@ -124,14 +125,14 @@ Step decode(const Call& c) {
   std::memcpy(&material.scale, of + SCALE, sizeof material.scale);
   Operands<void, void> operands{h.const_data_ptr(),
                                 t.const_data_ptr(),
-                                step.y.data_ptr(),
+                                nullptr,
                                 c.bias ? c.bias->const_data_ptr() : nullptr,
                                 c.w0.stride(1) == 1 ? c.w0.const_data_ptr() : nullptr,
                                 c.w.data_ptr(),
                                 c.rows.data_ptr<int64_t>(),
                                 c.batch.const_data_ptr<int64_t>(),
                                 c.pos ? pos.const_data_ptr<int64_t>() : nullptr,
-                                step.done.data_ptr<uint8_t>(),
+                                step.done.data(),
                                 members,
                                 c.pos ? pos.size(0) : 1,
                                 c.rows.size(0),
@@ -142,9 +143,10 @@ Step decode(const Call& c) {
   step.base_done = result & (NEEDS_BASE | IS_BASE);
   // One read of W0 for all rows, by the base model's own projection.
   if (step.base_done) step.y = at::linear(h, c.w0, c.bias);
-  if (result & NEEDS_BASE) {
+  if (result & NEEDS_Y) step.y = at::empty({members, 1, d}, c.h.options());
+  if (result & (NEEDS_BASE | NEEDS_Y)) {
     operands.y = step.y.data_ptr();
-    result = function(&operands, &material, 1);
+    result = function(&operands, &material, step.base_done);
   }
   step.all = !(result & (SOME | BORDER));
   return step;
@@ -157,10 +159,10 @@ Tensor rest(const Call& c, const Step& step) {
                       Maybe, bool);
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("ttt::fast_weight_rest", "").typed<Rest>();
-  const bool began = step.y.defined();
+  Optional y, done;
+  if (step.y.defined()) y = step.y, done = at::tensor(at::ArrayRef<uint8_t>(step.done), at::kByte);
   return op.call(c.h, c.t, c.w0, c.bias, c.conv, c.proj, c.pos, c.spec, c.w, c.tail_h, c.tail_t, c.tail_v, c.lanes,
-                 c.rows, c.norms, c.batch, began ? Optional(step.y) : std::nullopt,
-                 began ? Optional(step.done) : std::nullopt, step.base_done);
+                 c.rows, c.norms, c.batch, y, done, step.base_done);
 }
 
 Tensor fast_weight_step(const Tensor& h, const Tensor& t, const Tensor& w0, const Optional& bias, const Tensor& conv,

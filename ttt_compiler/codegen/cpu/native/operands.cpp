@@ -9,7 +9,7 @@ enum { SEEN, DONE, WRITES, FACTORED, SLOT, LEFT = 8, VALUES = 9 };
 enum { LAST, PEAK, TOTAL, OF_V, OF_H };
 
 // What a step returns, and what stands in ``done`` then.
-enum Result { ALL = 0, SOME = 1, NEEDS_BASE = 2, BORDER = 4, IS_BASE = 8 };
+enum Result { ALL = 0, SOME = 1, NEEDS_BASE = 2, BORDER = 4, IS_BASE = 8, NEEDS_Y = 16 };
 enum Done : uint8_t { NOT, KEPT, COMPLETE };
 
 // Some tokens of a chunk, and which part of what makes their v, in the order in which they are made: part 0 of many
@@ -36,7 +36,7 @@ struct Material {
 template <typename T, typename A>
 struct Operands {
   const T *h, *t;
-  T* y;
+  T* y;  // null until it is asked for: often it is the base's product, which makes its own
   const T *bias, *w0;  // either may be null; w0 where its rows are not in one piece
   A* w;
   int64_t* table;
