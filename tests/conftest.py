@@ -12,6 +12,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores: threads that wait for a core the other one holds cost up to ten times more.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import gc
+
 import pytest
 import torch
 
@@ -42,6 +44,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return not path.endswith(FIRST), -counts[str(item.path)], path
 
     items.sort(key=rank)
+
+
+def pytest_collection_finish() -> None:
+    """Tracing makes objects by the million, and what was imported is looked through again and again for them.
+
+    What a test drops is still collected, later: tests that count what is left call the collector themselves.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture(autouse=True, scope="module")
