@@ -11,6 +11,8 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores: threads that wait for a core the other one holds cost up to ten times more.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # The other worker has a core already: Inductor's own pool would import torch once more in every process.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import gc
 
