@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bench.layer import BOUNDS, LR
+from bench.results import WITH_V
 from ttt_compiler.codegen import ops  # noqa: F401  (registers the ops)
 from ttt_compiler.codegen.cpu.native.squares import norm
 from ttt_compiler.codegen.layout import FACTORED, WRITES
@@ -101,14 +102,26 @@ class Decoding:
         return y
 
     def runs(self) -> dict[str, Callable[[], object]]:
-        """Of ``STEPS`` tokens each: static, the bytes alone, a merged weight a row, ours."""
+        """Of ``STEPS`` tokens each: static, the bytes alone, a merged weight a row, ours.
+
+        Where steps make v of a chunk, static also with that: P of as many tokens, in one product.
+        """
         merged = self.matrices().to(self.dtype).transpose(1, 2)
-        return {
-            "static": _times(lambda: functional.linear(self.h, self.w0)),
+        static = _times(lambda: functional.linear(self.h, self.w0))
+        runs = {
+            "static": static,
             "the same bytes": _times(reader(self.bytes_read(), self.place.f)),
             "merged weights": _times(lambda: torch.bmm(self.h, merged)),
             "ours": self.ours,
         }
+        if self.makes_v():
+            tokens = self.t.expand(-1, STEPS, -1).flatten(0, 1).contiguous()
+            runs[WITH_V] = lambda: (static(), torch.mm(tokens, self.proj))
+        return runs
+
+    def makes_v(self) -> bool:
+        """Whether the text stands inside of a chunk, of which steps make v ahead of its end."""
+        return self.place.past % self.place.chunk > STEPS
 
     def gate(self) -> float:
         """Error of a step against fp64.

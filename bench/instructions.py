@@ -89,7 +89,9 @@ def run(batch: int, steps: int) -> None:
     w0, conv, proj = torch.randn(SIZE, SIZE), torch.randn(SIZE, 1, 5), torch.randn(SIZE, SIZE)
     x = torch.ones(batch, 1, SIZE)
     for _ in range(steps):
-        torch.ops.ttt.fast_weight_step(x, x, w0, None, conv, proj, None, constants, *site, state.batch)
+        torch.ops.ttt.fast_weight_step.default(
+            x, x, w0, None, conv, proj, None, constants, *site, state.batch
+        )
     assert state.tokens_seen == [CHUNK + steps] * batch
 
 

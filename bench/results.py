@@ -17,6 +17,8 @@ from ttt_compiler.errors import TTTError
 # The static product, by whichever library: the fastest one is what the machine can do.
 STATIC = ("static", "torch.mm", "oneDNN")
 OURS = "ours"
+# The least that a step of decode costs whose share of v is paid when its token comes, not at the chunk's end.
+WITH_V = "static, and v"
 # What stands between a competitor's name and the variable's value.
 AT = " @ "
 

@@ -58,6 +58,11 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(20_000, 20, 20)
 
 
+def pytest_unconfigure() -> None:
+    """At the end all is looked through once, else libraries report what they take for leaks."""
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True, scope="module")
 def clean_compiler():
     """No compiled code, and no recompile budget, is carried from one file to the next."""
