@@ -115,6 +115,14 @@ def _fast_weight_step(h: Tensor, *args: Any) -> Any:
     if not h.is_cpu:
         require_kernels(h.device, "a running sequence")
         return _step_on_gpu(h, *args[:6], _decoded(args[6]), StateTensors(*args[7:14]), args[14])
+    strange = [
+        x for x in (h, *args) if isinstance(x, Tensor) and not (x.is_cpu and x.layout == torch.strided)
+    ]
+    if strange:
+        raise UnsupportedDeviceError(
+            f"a running sequence: some tensors are on {h.device}, one is {strange[0].layout} on "
+            f"{strange[0].device}. Move the model to one device, and begin or load its session there"
+        )
     if native.is_used():
         if h.shape[1] == 1 and native_op.load():
             return torch.ops.ttt.fast_weight_step(h, *args)

@@ -6,14 +6,20 @@ changed here: the bodies, for a new torch. Checked on torch 2.13.0.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import os
 import platform
+import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+
+_VECTORIZE = ("-ftree-loop-vectorize", "-ffp-contract=fast")
 
 
 @functools.cache
@@ -93,7 +99,7 @@ def cpp_compiler() -> str | None:
     return found
 
 
-def build_cpp(source: str, *more: str) -> Any:
+def build_cpp(source: str, *flags: str, what: str = "the C++ loops") -> Any:
     """A library of ``extern "C"`` functions, cached beside Inductor's own.
 
     None without a compiler, and with a warning if what is there cannot compile or load it. Checked on 2.13:
@@ -104,15 +110,49 @@ def build_cpp(source: str, *more: str) -> Any:
 
     if cpp_compiler() is None:
         return None
-    flags = ("-ftree-loop-vectorize", "-ffp-contract=fast", *more)
     try:
-        return CppCodeCache.load(source, needs_vec_isa=True, extra_flags=flags)
+        return CppCodeCache.load(source, needs_vec_isa=True, extra_flags=(*_VECTORIZE, *flags))
     except (CppCompileError, OSError) as e:
         reason = next((line for line in str(e).splitlines() if "error" in line.lower()), type(e).__name__)
         warnings.warn(
-            f"{cpp_compiler()} cannot build the C++ loops, so torch's slower operations are used: {reason}. "
+            f"{cpp_compiler()} cannot build {what}, so torch's slower operations are used: {reason}. "
             "Type ttt-compiler doctor for the compiler, and set CXX to another one, such as g++ 12",
             RuntimeWarning,
             stacklevel=2,
         )
         return None
+
+
+def begin_cpp(source: str, *flags: str) -> None:
+    """Compile meanwhile what :func:`build_cpp` will load with the same arguments, which says what goes wrong.
+
+    Checked on 2.13: ``CppCodeCache.load_async`` gives its work to ``submit_fn`` and, when the library is
+    asked for, waits for ``result()`` and does what is left to do.
+    """
+    from torch._inductor.codecache import CppCodeCache
+    from torch._inductor.exc import CppCompileError
+
+    if cpp_compiler() is None:
+        return
+    with contextlib.suppress(CppCompileError, OSError):
+        flags = (*_VECTORIZE, *flags)
+        CppCodeCache.load_async(source, needs_vec_isa=True, extra_flags=flags, submit_fn=_InThread)
+
+
+class _InThread:
+    """Work in a thread that the process waits for: a compiler that is left behind writes half a library."""
+
+    def __init__(self, work: Callable[[], object]) -> None:
+        self._work, self._process = work, os.getpid()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        # Who asks for the library does the same again, and is told.
+        with contextlib.suppress(Exception):
+            self._work()
+
+    def result(self) -> None:
+        """Wait; a fork has no threads of its parent's, and does the work itself."""
+        if os.getpid() == self._process:
+            self._thread.join()

@@ -74,7 +74,7 @@ def fast_weight_step(
         ValueError: the sizes disagree; IndexError: a row is not there. Nothing has changed.
     """
     length = h.shape[1]
-    _require_sizes(h, t, w0, pos, state, batch)
+    _require_sizes(h, t, w0, bias, conv, proj, pos, state, batch)
     if not len(batch):
         return h.new_empty(0, length, w0.shape[0])
     call = Call(h.contiguous(), t.contiguous(), w0, bias, conv, proj, spec, state, len(batch))
@@ -132,21 +132,37 @@ def finish_step(
 
 
 def _require_sizes(
-    h: Tensor, t: Tensor, w0: Tensor, pos: Tensor | None, state: StateTensors, batch: Tensor
+    h: Tensor,
+    t: Tensor,
+    w0: Tensor,
+    bias: Tensor | None,
+    conv: Tensor,
+    proj: Tensor | None,
+    pos: Tensor | None,
+    state: StateTensors,
+    batch: Tensor,
 ) -> None:
     """A compiled graph never fails this; broadcasting would make numbers of what somebody else passes."""
-    members, f, width = len(batch), w0.shape[1], state.tail_t.shape[2]
+    members, (d, f), width = len(batch), state.w.shape[1:], state.tail_t.shape[2]
     length = h.shape[1] if h.dim() == 3 else 0
-    of_h, of_t = (members, length, f), (members, length, width)
-    for name, x, expected in (("h", h, of_h), ("t", t, of_t), ("w0", w0, state.w.shape[1:])):
-        if x.shape != expected:
+    of_pos = (1, length) if pos is not None and len(pos) == 1 else (members, length)
+    for name, x, expected in (
+        ("h", h, (members, length, f)),
+        ("t", t, (members, length, width)),
+        ("w0", w0, (d, f)),
+        ("bias", bias, (d,)),
+        ("conv", conv, (width, 1, conv.shape[-1])),
+        ("proj", proj, (width, d)),
+        ("pos", pos, of_pos),
+    ):
+        if x is not None and tuple(x.shape) != expected:
             want = list(expected)
             raise ValueError(f"fast_weight_step: {name} is {list(x.shape)}, for this state it must be {want}")
-    if pos is not None and tuple(pos.shape) not in ((members, length), (1, length)):
-        raise ValueError(f"fast_weight_step: pos is {list(pos.shape)}, it must be {[members, length]}")
-    rows = state.rows.shape[0]
-    if members and not 0 <= int(batch.min()) <= int(batch.max()) < rows:
-        raise IndexError(f"fast_weight_step: batch is {batch.tolist()}, but the state has {rows} rows")
+    rows, given = state.rows.shape[0], batch.tolist()
+    if not all(0 <= b < rows for b in given) or len(set(given)) < members:
+        raise IndexError(
+            f"fast_weight_step: batch is {given}, but the state has {rows} rows, each of them once"
+        )
 
 
 def _advance(row: Row, runs: list[Run], y: Tensor, b: int, *, base_done: bool, apply: bool) -> None:

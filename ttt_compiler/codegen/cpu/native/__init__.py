@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,8 @@ _FILES = (
     "units",
     "decode",
 )
-_used = True
+_unused = 0
+_lock = threading.RLock()
 _listeners: list[Callable[[bool], None]] = []
 _INT, _SIZE, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 _FLOAT = ctypes.c_float
@@ -62,35 +64,37 @@ _SIGNATURES: dict[str, tuple[list[Any], Any, tuple[str, ...]]] = {
 
 def is_used() -> bool:
     """Whether the functions may be called: always, but inside of :func:`unused`."""
-    return _used
+    return not _unused
 
 
 @contextlib.contextmanager
 def unused() -> Iterator[None]:
-    """As if there was no compiler, for what is to be compared with it, and for other code on CPU tensors."""
-    _use(False)
+    """As if there was no compiler, in all threads: to compare with it, and for other code on CPU tensors."""
+    _leave_unused(1)
     try:
         yield
     finally:
-        _use(True)
+        _leave_unused(-1)
 
 
-def _use(whether: bool) -> None:
-    global _used
-    _used = whether
-    for listener in _listeners:
-        listener(whether)
+def _leave_unused(more: int) -> None:
+    global _unused
+    with _lock:
+        _unused += more
+        for listener in _listeners:
+            listener(not _unused)
 
 
 def on_use(listener: Callable[[bool], None]) -> None:
     """Call ``listener`` with what holds now, and whenever that changes."""
-    _listeners.append(listener)
-    listener(_used)
+    with _lock:
+        _listeners.append(listener)
+        listener(not _unused)
 
 
 def function(name: str, dtype: torch.dtype) -> Any:
     """``name`` for operands of ``dtype``, or None if there is none."""
-    return _function(name, dtype) if _used else None
+    return None if _unused else _function(name, dtype)
 
 
 @functools.cache

@@ -56,7 +56,7 @@ struct Blocks {
         }
       }
       narrowed();
-      if (!failed) release(kPairs);
+      release(kPairs);
     }
     return !failed;
   }

@@ -7,10 +7,13 @@
 #include <ATen/ops/tensor.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <mutex>
 #include <string>
 #include <unordered_map>
+#include <utility>
 
 namespace {
 
@@ -53,15 +56,17 @@ const int64_t* constants_of(const Call& call) {
   static std::unordered_map<std::string, Tensor> known;
   static thread_local std::string key;
   key.assign(call.spec.data(), call.spec.size());
-  const std::lock_guard<std::mutex> lock(mutex);
-  auto found = known.find(key);
-  if (found == known.end()) {
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("ttt::step_constants", "")
-                               .typed<Tensor(const Tensor&, c10::string_view)>();
-    found = known.emplace(key, op.call(call.rows, call.spec)).first;
+  {
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (const auto found = known.find(key); found != known.end()) return found->second.const_data_ptr<int64_t>();
   }
-  return found->second.const_data_ptr<int64_t>();
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("ttt::step_constants", "")
+                             .typed<Tensor(const Tensor&, c10::string_view)>();
+  // Not under the lock: Python may be waited for by who waits for the lock.
+  const Tensor asked = op.call(call.rows, call.spec);
+  const std::lock_guard<std::mutex> lock(mutex);
+  return known.emplace(key, asked).first->second.const_data_ptr<int64_t>();
 }
 
 struct Step {
@@ -70,31 +75,54 @@ struct Step {
   bool base_done = false, all = false;
 };
 
-bool is(const Tensor& x, at::IntArrayRef sizes) { return x.sizes() == sizes; }
+bool is(const Tensor& x, at::IntArrayRef sizes, at::ScalarType type) {
+  return x.scalar_type() == type && x.sizes() == sizes;
+}
 
-// Whether the loops take these operands. Python takes all, and says what is wrong with those that nothing takes.
-bool fits(const Call& c) {
-  if (c.w0.dim() != 2) return false;
-  const auto type = c.h.scalar_type();
-  const int64_t members = c.batch.numel(), d = c.w0.size(0), f = c.w0.size(1), slots = c.rows.size(0);
-  if (!is(c.h, {members, 1, f}) || !is(c.t, {members, 1, c.tail_t.size(2)}) || !is(c.w, {slots, d, f})) return false;
-  if (c.pos && !is(*c.pos, {members, 1}) && !is(*c.pos, {1, 1})) return false;
-  for (const Tensor* x : {&c.t, &c.w0, &c.tail_h, &c.tail_t, &c.tail_v})
-    if (x->scalar_type() != type) return false;
-  if (c.w.scalar_type() != (type == at::kDouble ? at::kDouble : at::kFloat)) return false;
-  if (c.bias && (c.bias->scalar_type() != type || !c.bias->is_contiguous())) return false;
+// Whether the loops take these operands. Python takes more, and says what is wrong with those that it does not take.
+bool fits(const Call& c, int64_t chunk, int64_t spread) {
+  if (c.w0.dim() != 2 || c.tail_t.dim() != 3 || c.rows.dim() != 2 || c.conv.dim() != 3) return false;
+  const auto type = c.h.scalar_type(), sum = type == at::kDouble ? at::kDouble : at::kFloat;
+  const int64_t members = c.batch.numel(), d = c.w0.size(0), f = c.w0.size(1), dt = c.tail_t.size(2);
+  const int64_t slots = c.rows.size(0), capacity = c.tail_t.size(1), columns = c.rows.size(1);
+  const bool spreads = columns > VALUES;
+  if (!is(c.h, {members, 1, f}, type) || !is(c.t, {members, 1, dt}, type) || !is(c.w0, {d, f}, type)) return false;
+  if (c.bias && !is(*c.bias, {d}, type)) return false;
+  if (c.conv.size(0) != dt || c.conv.size(1) != 1 || (c.proj ? c.proj->sizes() != at::IntArrayRef{dt, d} : dt != d))
+    return false;
+  if (c.pos && c.pos->sizes() != at::IntArrayRef{members, 1} && c.pos->sizes() != at::IntArrayRef{1, 1}) return false;
+  if (!is(c.w, {slots, d, f}, sum) || !is(c.tail_h, {slots, capacity, f}, type)) return false;
+  if (!is(c.tail_t, {slots, capacity, dt}, type) || capacity < chunk + (spreads ? spread : 0)) return false;
+  if (c.tail_v.dim() != 3 || !is(c.tail_v, {slots, c.tail_v.size(1), d}, type)) return false;
+  if (spreads && c.tail_v.size(1) < chunk) return false;
+  if (c.lanes.numel() && !is(c.lanes, {slots, capacity}, at::kInt)) return false;
+  if (c.rows.scalar_type() != at::kLong || columns <= SLOT || c.batch.scalar_type() != at::kLong) return false;
+  if (c.norms.dim() != 2 || !is(c.norms, {slots, c.norms.size(1)}, sum)) return false;
+  if (c.norms.size(1) <= (spreads ? OF_H : TOTAL)) return false;
   for (const Tensor* x : {&c.w, &c.tail_h, &c.tail_t, &c.tail_v, &c.lanes, &c.rows, &c.norms, &c.batch})
     if (!x->is_contiguous()) return false;
+  if (c.bias && !c.bias->is_contiguous()) return false;
   const int64_t* batch = c.batch.const_data_ptr<int64_t>();
-  return std::all_of(batch, batch + members, [&](int64_t b) { return b >= 0 && b < slots; });
+  static thread_local std::vector<char> taken;
+  taken.assign(slots, 0);
+  // No row twice: its token would be read before the other one is kept.
+  const auto once = [&](int64_t b) { return b >= 0 && b < slots && !std::exchange(taken[b], 1); };
+  return std::all_of(batch, batch + members, once);
+}
+
+// Changed as by an operation of torch: who looks whether a call has begun looks at that.
+void note_change(const Call& c) {
+  for (const Tensor* x : {&c.w, &c.tail_h, &c.tail_t, &c.tail_v, &c.lanes, &c.rows, &c.norms})
+    if (!x->is_inference()) x->unsafeGetTensorImpl()->bump_version();
 }
 
 // One token of each sequence; nothing has changed where there is no ``y``.
 Step decode(const Call& c) {
   const Kind kind = kind_of(c.h);
   const DecodeFunction function = kind == OTHER ? nullptr : functions[kind].load(std::memory_order_relaxed);
-  if (!function || !fits(c) || c.h.size(0) == 0) return {};
+  if (!function || c.h.size(0) == 0) return {};
   const int64_t* of = constants_of(c);
+  if (!fits(c, of[CHUNK], of[SPREAD])) return {};
   const int64_t members = c.h.size(0), d = c.w0.size(0), f = c.w0.size(1);
   const auto type = c.h.scalar_type();
   const bool spreads = c.rows.size(1) > VALUES;
@@ -142,13 +170,19 @@ Step decode(const Call& c) {
   int result = function(&operands, &material, 0);
   step.base_done = result & (NEEDS_BASE | IS_BASE);
   // One read of W0 for all rows, by the base model's own projection.
-  if (step.base_done) step.y = at::linear(h, c.w0, c.bias);
+  if (step.base_done) {
+    // In these dtypes, whatever autocast says of products outside, and without a graph.
+    const c10::impl::ExcludeDispatchKeyGuard as_it_is(c10::autocast_dispatch_keyset);
+    const at::AutoDispatchBelowADInplaceOrView below;
+    step.y = at::linear(h, c.w0, c.bias);
+  }
   if (result & NEEDS_Y) step.y = at::empty({members, 1, d}, c.h.options());
   if (result & (NEEDS_BASE | NEEDS_Y)) {
     operands.y = step.y.data_ptr();
     result = function(&operands, &material, step.base_done);
   }
   step.all = !(result & (SOME | BORDER));
+  note_change(c);
   return step;
 }
 
@@ -169,6 +203,9 @@ Tensor fast_weight_step(const Tensor& h, const Tensor& t, const Tensor& w0, cons
                         const Optional& proj, const Optional& pos, c10::string_view spec, const Tensor& w,
                         const Tensor& tail_h, const Tensor& tail_t, const Tensor& tail_v, const Tensor& lanes,
                         const Tensor& rows, const Tensor& norms, const Tensor& batch) {
+  if (at::GradMode::is_enabled())
+    for (const Tensor* x : {&h, &t, &w0, &conv})
+      TORCH_CHECK(!x->requires_grad(), "a running sequence has no gradients: call it under torch.no_grad()");
   const Call call{h, t, w0, bias, conv, proj, pos, spec, w, tail_h, tail_t, tail_v, lanes, rows, norms, batch};
   Step step;
   if (h.size(1) == 1 && used.load(std::memory_order_relaxed)) step = decode(call);

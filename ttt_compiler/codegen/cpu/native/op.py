@@ -10,10 +10,8 @@ here: when it is built and loaded. From then on torch calls it for CPU tensors, 
 
 from __future__ import annotations
 
-import contextvars
 import ctypes
 import functools
-import os
 import threading
 from pathlib import Path
 
@@ -23,49 +21,44 @@ from torch import Tensor
 from ttt_compiler.codegen.cpu import native
 from ttt_compiler.codegen.cpu.native.units import bits_of, units
 from ttt_compiler.codegen.layout import spread_tokens
-from ttt_compiler.compat.processor import build_cpp
+from ttt_compiler.compat.processor import begin_cpp, build_cpp
 from ttt_compiler.spec import SiteSpec
 
 _FILES = ("operands", "op")
 # It calls the loops and has none: torch's headers compile in half of the time so.
 _FLAGS = ("-O1", "-g0")
+_lock = threading.Lock()
 
 
+@functools.cache
 def start() -> None:
-    """Build it meanwhile: a call of several tokens comes first, and single ones follow."""
+    """Compile it meanwhile: a call of several tokens comes first, and single ones follow."""
     if native.library() is not None:
-        _building(os.getpid())
+        begin_cpp(_source(), *_FLAGS)
 
 
 def load() -> bool:
     """Whether torch calls it from now on; waits until it is built."""
-    if native.library() is None:
-        return False
-    _building(os.getpid()).join()
-    return _loaded()
-
-
-@functools.cache
-def _building(process: int) -> threading.Thread:
-    """The thread that builds it; of each process, since a fork has no threads of its parent's."""
-    # Inductor's settings of this caller hold in its thread too.
-    thread = threading.Thread(target=contextvars.copy_context().run, args=(_loaded,), daemon=True)
-    thread.start()
-    return thread
+    with _lock:
+        return _loaded()
 
 
 @functools.cache
 def _loaded() -> bool:
     """Builds and loads it, upon which torch calls it, and gives it the loops; until then it asks Python."""
-    here = Path(__file__).parent
-    built = build_cpp("\n".join((here / f"{x}.cpp").read_text() for x in _FILES), *_FLAGS)
+    loops = native.library()
+    built = None if loops is None else build_cpp(_source(), *_FLAGS, what="the step of one token")
     if built is None:
         return False
-    loops = native.library()
     for kind, name in enumerate(native.NAMES.values()):
         built.bind_decode(ctypes.c_int(kind), ctypes.cast(getattr(loops, f"decode_{name}"), ctypes.c_void_p))
     native.on_use(lambda used: built.use_decode(ctypes.c_int(used)))
     return True
+
+
+def _source() -> str:
+    here = Path(__file__).parent
+    return "\n".join((here / f"{x}.cpp").read_text() for x in _FILES)
 
 
 def step_constants(spec: SiteSpec) -> Tensor:

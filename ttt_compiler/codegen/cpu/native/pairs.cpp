@@ -12,11 +12,28 @@ inline bool fits_pairs(int64_t depth, int64_t columns) {
   return pairs_product && depth % 16 == 0 && columns % kTurned == 0;
 }
 
-// out [columns, count] of rows ``stride`` apart = (x^T p)^T, x [depth, count] of rows ``apart`` apart,
-// p [depth, columns], columns [from, to), from a multiple of kTurned.
-inline void project_pairs(const bf16* x, int64_t apart, const bf16* p, bf16* out, int64_t count, int64_t depth,
-                          int64_t columns, int64_t stride, int64_t from, int64_t to, int threads) {
+// kTurned columns, of which the first m are wanted: p and out stand at the first one.
+inline void pairs_tile(const uint32_t* pairs, const bf16* p, bf16* out, int64_t count, int64_t depth, int64_t columns,
+                       int64_t stride, int64_t m) {
   constexpr int64_t kAsked = 32;
+  static thread_local std::vector<bf16> rows;
+  static thread_local std::vector<float> sums;
+  rows.resize(depth * kTurned);
+  sums.resize(count * kTurned);
+  for (int64_t k = 0; k < depth; k += 16) {
+    for (int64_t q = k + kAsked; q < std::min(k + kAsked + 16, depth); ++q) __builtin_prefetch(p + q * columns);
+    turn(p + k * columns, columns, rows.data() + k, depth);
+  }
+  pairs_product(kTurned, count, depth, depth, count, count, false, rows.data(), reinterpret_cast<const bf16*>(pairs),
+                sums.data(), true);
+  for (int64_t j = 0; j < m; ++j)
+    for (int64_t i = 0; i < count; ++i) narrow(out[j * stride + i], sums[j * count + i]);
+}
+
+// out [columns, count] of rows ``stride`` apart = (x^T p)^T, x [depth, count] of rows ``apart`` apart,
+// p [depth, columns], columns [from, to), from a multiple of kTurned. Whether oneDNN did it.
+inline bool project_pairs(const bf16* x, int64_t apart, const bf16* p, bf16* out, int64_t count, int64_t depth,
+                          int64_t columns, int64_t stride, int64_t from, int64_t to, int threads) {
   static thread_local std::vector<uint32_t> held;
   held.resize(depth / 2 * count);
   uint32_t* pairs = held.data();
@@ -26,29 +43,27 @@ inline void project_pairs(const bf16* x, int64_t apart, const bf16* p, bf16* out
       __builtin_prefetch(one + 16 * apart);
       __builtin_prefetch(two + 16 * apart);
     }
-    for (int64_t i = 0; i < count; ++i) pairs[k / 2 * count + i] = uint32_t(one[i].bits) | uint32_t(two[i].bits) << 16;
+    uint32_t* to_both = pairs + k / 2 * count;
+    for (int64_t i = 0; i < count; ++i) to_both[i] = uint32_t(one[i].bits) | uint32_t(two[i].bits) << 16;
   }
   const int64_t tiles = (to - from + kTurned - 1) / kTurned;
+  int failed = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    static thread_local std::vector<bf16> rows;
-    static thread_local std::vector<float> sums;
-    rows.resize(depth * kTurned);
-    sums.resize(count * kTurned);
 #pragma omp for
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t c = from + tile * kTurned;
-      for (int64_t k = 0; k < depth; k += 16) {
-        for (int64_t q = k + kAsked; q < std::min(k + kAsked + 16, depth); ++q) __builtin_prefetch(p + q * columns + c);
-        turn(p + k * columns + c, columns, rows.data() + k, depth);
+      // No exception may leave a thread.
+      try {
+        pairs_tile(pairs, p + c, out + c * stride, count, depth, columns, stride, std::min(kTurned, to - c));
+      } catch (...) {
+#pragma omp atomic write
+        failed = 1;
       }
-      pairs_product(kTurned, count, depth, depth, count, count, false, rows.data(), reinterpret_cast<const bf16*>(pairs),
-                    sums.data(), true);
-      for (int64_t j = 0; j < std::min(kTurned, to - c); ++j)
-        for (int64_t i = 0; i < count; ++i) narrow(out[(c + j) * stride + i], sums[j * count + i]);
     }
     pairs_release(true);
   }
+  return !failed;
 }
 
 }  // namespace
@@ -60,8 +75,8 @@ extern "C" int bind_pairs(void* product, void* release) {
   float sums[2][2] = {};
   try {
     const auto multiply = reinterpret_cast<Product<bf16>>(product);
-    multiply(2, 2, 2, 2, 2, 2, false, reinterpret_cast<const bf16*>(left), reinterpret_cast<const bf16*>(right), sums[0],
-             true);
+    const auto *a = reinterpret_cast<const bf16*>(left), *b = reinterpret_cast<const bf16*>(right);
+    multiply(2, 2, 2, 2, 2, 2, false, a, b, sums[0], true);
     reinterpret_cast<Release>(release)(true);
     // The right one holds columns, as pairs of rows.
     if (sums[0][0] != 3 || sums[0][1] != 4 || sums[1][0] != 4 || sums[1][1] != 6) return 0;

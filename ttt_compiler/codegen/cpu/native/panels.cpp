@@ -82,7 +82,8 @@ inline void to_panels(const float* c, bf16* copy, int64_t columns, int64_t r, in
   for (int64_t i = 0; i < m; i += 16) {
     const int64_t panel = (r + i) / kPanelRows, inside = (r + i) % kPanelRows;
     uint32_t* to = pairs + (panel * columns + first) / 2 * kPanelRows + inside;
-    for (int64_t j = 0; j < n; j += 32) narrow_turned(c + i * columns + j, columns, to + j / 2 * kPanelRows, kPanelRows);
+    for (int64_t j = 0; j < n; j += 32)
+      narrow_turned(c + i * columns + j, columns, to + j / 2 * kPanelRows, kPanelRows);
   }
 }
 
@@ -112,7 +113,7 @@ struct Panels {
           }
         }
       }
-      if (!failed) release(true);
+      release(true);
     }
     return !failed;
   }

@@ -22,7 +22,7 @@ _ROWS, _COLUMNS = 64, 32
 def shape_of(w: Tensor, dtype: torch.dtype) -> tuple[int, ...] | None:
     """Of a copy of ``w`` ``[D, F]``: D / 64 panels of F / 2 rows of 64 pairs. None: there is none."""
     d, f = w.shape
-    if not _there(dtype) or w.dtype != torch.float32 or d % _ROWS or f % _COLUMNS:
+    if not _there(dtype) or w.dtype != torch.float32 or not w.is_contiguous() or d % _ROWS or f % _COLUMNS:
         return None
     return d // _ROWS, f // 2, _ROWS, 2
 

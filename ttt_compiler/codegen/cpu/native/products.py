@@ -27,7 +27,12 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> 
     Returns:
         Whether it was done; if not, nothing has changed.
     """
-    if not (a.dtype == b.dtype == out.dtype and 0 not in (*a.shape, *b.shape) and _there(a.dtype)):
+    if not (
+        a.dtype == b.dtype == out.dtype
+        and 0 not in (*a.shape, *b.shape)
+        and native.is_used()
+        and _there(a.dtype)
+    ):
         return False
     if out.stride(1) != 1 or not all(1 in x.stride() and 0 not in x.stride() for x in (a, b)):
         return False

@@ -104,7 +104,7 @@ struct Ahead : Material<T, A> {
 }  // namespace
 
 #define TTT_UNITS(NAME, T, A)                                                                            \
-  extern "C" void units_##NAME(const Material<T, A>* of_v, int64_t* me, int64_t row, int64_t most) {       \
+  extern "C" void units_##NAME(const Material<T, A>* of_v, int64_t* me, int64_t row, int64_t most) {      \
     Ahead<T, A>{*of_v}.make(me, row, most);                                                              \
   }
 

@@ -25,8 +25,9 @@ template <typename T, typename A>
 void project(const T* x, int64_t apart, const T* p, T* out, int64_t count, int64_t depth, int64_t columns,
              int64_t stride, int64_t from, int64_t to, int threads) {
   if constexpr (std::is_same_v<T, bf16>)
-    if (fits_pairs(depth, columns))
-      return project_pairs(x, apart, p, out, count, depth, columns, stride, from, to, threads);
+    if (fits_pairs(depth, columns) &&
+        project_pairs(x, apart, p, out, count, depth, columns, stride, from, to, threads))
+      return;
   const int64_t bunches = (count + kFew - 1) / kFew, tiles = (to - from + kWide - 1) / kWide;
   static thread_local std::vector<A> bunched;
   bunched.resize(bunches * depth * kFew);
