@@ -4,11 +4,10 @@
     python -m bench.gpu --shape 2560,9728,8192,512 --rounds 5
     python -m bench.gpu --device cpu --quick # the same code on a processor, to see that it works
 
-What the cost model predicted stands beside. Competitors, interleaved in one process: the static projection;
-the official training form (all chunks' weights stacked) in torch and under torch.compile; the official loop
-over chunks; fla's nearest kernel (linear attention with chunked state, an eighth of the state's FLOPs) where
-fla is installed. Writes a record to ``bench/results`` and, with matplotlib, a plot beside it. Times on a GPU
-are of events, after a warm-up, with the host in them; those of the device alone are beside them.
+Competitors, interleaved in one process: the static projection; the official training form (all chunks'
+weights stacked) in torch and under torch.compile; the official loop over chunks; fla's nearest kernel (linear
+attention with chunked state, an eighth of the state's FLOPs) where fla is installed. Writes a record to
+``bench/results`` and, with matplotlib, a plot beside it. Times on a GPU are of events, after a warm-up.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,10 +28,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bench import gpu_predicted
 from bench.competitors import stacked
 from ttt_compiler.codegen import ops, reference  # noqa: F401
-from ttt_compiler.codegen.forms import ScanShape
 
 RESULTS = Path(__file__).parent / "results"
 # D, F, T, C: small, Qwen3-4B, Llama-3.1-8B.
@@ -48,8 +45,6 @@ SHAPES = (
 )
 QUICK = ((64, 160, 96, 32), (48, 80, 100, 25))
 LR = 0.3
-# Cycles for which the device waits while the host enqueues: some 5 ms.
-AHEAD = 10**7
 # A narrow result may err so many times more than plain torch in the same dtype does, plus a band.
 FACTOR, BAND = 3.0, {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
@@ -76,18 +71,6 @@ def timer(device: torch.device) -> Callable[[Callable[[], object]], float]:
     return on_device
 
 
-def queued(fn: Callable[[], object]) -> float:
-    """Seconds on the device alone: the host has enqueued everything before the first kernel may start."""
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    torch.cuda._sleep(AHEAD)
-    start.record()
-    fn()
-    stop.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(stop) / 1e3
-
-
 def paired(competitors: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, Any]:
     """Median seconds, ratios to the first competitor with quartiles, peak bytes."""
     clock, names = timer(device), list(competitors)
@@ -104,8 +87,6 @@ def paired(competitors: dict[str, Callable[[], object]], rounds: int, device: to
         low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
         entry = {"seconds": statistics.median(seconds[name]), "ratio": statistics.median(ratios)}
         out[name] = {**entry, "low": low, "high": high, "peak_bytes": peak(competitors[name], device)}
-        if device.type == "cuda":
-            out[name]["device seconds"] = statistics.median(queued(competitors[name]) for _ in range(rounds))
     return out
 
 
@@ -154,11 +135,7 @@ def nearest_of_fla(h: Tensor, w0: Tensor, chunk: int) -> Callable[[], object] | 
 
 
 def one_layer(
-    shape: tuple[int, int, int, int],
-    dtype: torch.dtype,
-    device: torch.device,
-    rounds: int,
-    without: Sequence[str] = (),
+    shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, rounds: int
 ) -> dict[str, Any]:
     """All competitors on one layer's forward, and training step."""
     d, f, length, chunk = shape
@@ -186,22 +163,16 @@ def one_layer(
             runs["official training form, compiled"] = lambda: all_at_once(*args)
         if (fla := nearest_of_fla(h, w0, chunk)) is not None:
             runs["fla linear attention (another function, 1/8 of the FLOPs)"] = fla
-        forward = paired({n: r for n, r in runs.items() if n not in without}, rounds, device)
-    steps: dict[str, Callable[[], object]] = {
-        "static": lambda: step(lambda h, t, w0, *_: functional.linear(h, w0), args),
-        "ours": lambda: step(compiled, args),
-    }
-    if whole:
-        steps["official training form"] = lambda: step(stacked, args)
-        steps["official training form, compiled"] = lambda: step(all_at_once, args)
-    train = paired({n: r for n, r in steps.items() if n not in without}, rounds, device)
-    model = gpu_predicted.here()
-    if model is not None:
-        says = gpu_predicted.of_layer(ScanShape(length, d, f, chunk, 1, dtype), model)
-        for what, found in (("forward", forward), ("train", train)):
-            for name, seconds in says[what].items():
-                if name in found:
-                    found[name]["predicted seconds"] = seconds
+        forward = paired(runs, rounds, device)
+    train = paired(
+        {
+            "static": lambda: step(lambda h, t, w0, *_: functional.linear(h, w0), args),
+            "ours": lambda: step(compiled, args),
+            **({"official training form": lambda: step(stacked, args)} if whole else {}),
+        },
+        rounds,
+        device,
+    )
     return {"D": d, "F": f, "T": length, "C": chunk, "errors": errors, "forward": forward, "train": train}
 
 
@@ -272,7 +243,6 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--shape", action="append", help="D,F,T,C instead of the usual ones")
-    parser.add_argument("--without", action="append", default=[], help="a competitor to leave out")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, few rounds")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the record")
     a = parser.parse_args()
@@ -282,17 +252,13 @@ def main() -> None:
     layers = []
     given = [tuple(int(n) for n in shape.split(",")) for shape in a.shape or ()]
     for shape in given or (QUICK if a.quick else SHAPES):
-        rounds = 3 if a.quick else a.rounds
-        layers.append(one_layer(shape, getattr(torch, a.dtype), device, rounds, a.without))
+        layers.append(one_layer(shape, getattr(torch, a.dtype), device, 3 if a.quick else a.rounds))
         x = layers[-1]
         print(f"\nD={x['D']} F={x['F']} T={x['T']} C={x['C']} {a.dtype}, errors {x['errors']}")
         for what in ("forward", "train"):
             for name, y in x[what].items():
                 spread = f"[{y['low']:.2f}, {y['high']:.2f}]"
-                more = [f"{k.split()[0]} {1e3 * y[k]:.3f}" for k in y if k.endswith(" seconds")]
-                more += [f"{y['peak_bytes'] / 2**20:.0f} MiB"] if y["peak_bytes"] is not None else []
-                row = f"  {what:8} {name:40} {y['seconds'] * 1e3:9.3f} ms  {y['ratio']:.2f} {spread}"
-                print(row, *more, flush=True)
+                print(f"  {what:8} {name:40} {y['seconds'] * 1e3:9.3f} ms  {y['ratio']:.2f} {spread}")
     record = {"environment": environment(device), "dtype": a.dtype, "layers": layers}
     a.out.mkdir(parents=True, exist_ok=True)
     stamp = record["environment"]["date"].replace(":", "").partition("+")[0]

@@ -6,8 +6,8 @@
 ``bench.gpu`` times whole layers under ``torch.compile``; this says where their time goes, and what other
 tiles (tokens x rows x columns x warps x stages) would give, with as many programs per row of W, which stand
 behind the tile in the record, as fill the card once. Times are medians of events, in turns, on random
-operands; of steps also those of a recorded graph of many, which has no host time, and of scans those of
-the device alone, beside what the cost model says. Results are checked against the library form first.
+operands; of steps also those of a recorded graph of many, which has no host time. FLOPs of a scan are
+``4 T D F``, of the static projection ``2 T D F``. Results are checked against the library form first.
 """
 
 from __future__ import annotations
@@ -23,22 +23,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bench import gpu_predicted
-from bench.gpu import LR, environment, queued, timer
-from ttt_compiler.codegen import (
-    forms,
-    ops,  # noqa: F401
-    training_cost,
-)
-from ttt_compiler.codegen.choose import gradient_plan, scan_plan
+from bench.gpu import LR, environment, timer
+from ttt_compiler.codegen import ops  # noqa: F401
+from ttt_compiler.codegen.choose import predicted_gradient_form, scan_plan
+from ttt_compiler.codegen.devices import device_of
 from ttt_compiler.codegen.forms import ScanShape
-from ttt_compiler.codegen.forms_spans import spans_choices
 from ttt_compiler.codegen.gpu import scan as gpu_scan
 from ttt_compiler.codegen.gpu.library import chunk_scan_backward_library, chunk_scan_library
 from ttt_compiler.codegen.kernels.chunk_scan import chunk_scan_partial
 from ttt_compiler.codegen.kernels.tiles import SCAN, Tile, architecture, shipped
 from ttt_compiler.codegen.layout import DONE, FACTORED, SEEN, SLOT, WRITES, factored_limit
-from ttt_compiler.codegen.phases import cost_of
 from ttt_compiler.runtime.state import FastWeightState
 from ttt_compiler.spec import SiteSpec
 
@@ -76,22 +70,18 @@ def one_scan(sizes: tuple[int, int, int], tiles: list[Tile], rounds: int) -> dic
     make = {"dtype": torch.bfloat16, "device": "cuda"}
     h, v = torch.randn(1, LENGTH, f, **make), torch.randn(1, LENGTH, d, **make) * 0.01
     w0, out = torch.randn(d, f, **make) * 0.02, torch.empty(1, LENGTH, d, **make)
-    shape, model = ScanShape(LENGTH, d, f, chunk, 1, h.dtype), gpu_predicted.here()
+    shape = ScanShape(LENGTH, d, f, chunk, 1, h.dtype)
     plan = scan_plan(h.device, SCAN, shape, only_kernel=True)
     free = scan_plan(h.device, SCAN, shape, only_kernel=False)
     tried = {(t, plan.groups): None for t in shipped(architecture(h.device), h.dtype, SCAN)}
     processors = torch.cuda.get_device_properties(h.device).multi_processor_count
     tried |= {(t, max(1, min(-(-f // t.inner), processors // -(-d // t.outer)))): None for t in tiles}
-    says = {"static": None if model is None else cost_of(forms.static(shape, model), model).seconds}
     runs: dict[str, Callable[[], object]] = {"static": lambda: functional.linear(h, w0)}
-    for cut in () if model is None else spans_choices(shape, model):
-        name = f"library, span {cut.span}, held {cut.held}"
-        says[name] = gpu_predicted.of_spans(shape, model, cut)
-        runs[name] = lambda cut=cut: chunk_scan_library(
-            h, v, w0, chunk=chunk, span=cut.span, held=cut.held, decay=1.0, out=out
+    for span in sorted({chunk, 2 * chunk, 4 * chunk, *([free.span] if free.form == "library" else [])}):
+        runs[f"library, span {span}"] = lambda span=span: chunk_scan_library(
+            h, v, w0, chunk=chunk, span=span, decay=1.0, out=out
         )
-    given = {"chunk": chunk, "span": chunk, "held": 1, "decay": 1.0}
-    want = chunk_scan_library(h, v, w0, **given, out=torch.empty_like(out)).float()
+    want = chunk_scan_library(h, v, w0, chunk=chunk, span=chunk, decay=1.0, out=torch.empty_like(out)).float()
     failed = {}
     for tile, groups in tried:
         name = "x".join(map(str, (*tile.schedule, groups)))
@@ -108,20 +98,14 @@ def one_scan(sizes: tuple[int, int, int], tiles: list[Tile], rounds: int) -> dic
             failed[name] = f"error {error:.1e}"
             continue
         runs[f"kernel {name}"] = launch
-        says[f"kernel {name}"] = (
-            None if model is None else gpu_predicted.of_kernel(shape, model, tile, groups)
-        )
     chosen = "x".join(map(str, (*plan.tiles[0].schedule, plan.groups)))
     runs["kernel of the plan and its sum"] = lambda: gpu_scan.chunk_scan(h, v, w0, None, None, chunk)
-    says["kernel of the plan and its sum"] = plan.seconds
-    for name, run in runs.items():
-        if name.startswith("library"):
-            run()
-            if (error := float((out.float() - want).abs().max() / want.abs().max())) > CLOSE:
-                failed[name] = f"error {error:.1e}"
+    seconds = medians(runs, rounds)
+    flops = 4 * LENGTH * d * f
+    rates = {n: (flops / 2 if n == "static" else flops) / s / 1e12 for n, s in seconds.items()}
     said = {"D": d, "F": f, "T": LENGTH, "C": chunk, "plan": chosen, "predicted form": free.form}
-    said |= {"span": free.span, "held": free.held, "failed": failed}
-    return {**said, **timed(runs, says, rounds)}
+    said |= {"predicted seconds": free.seconds, "seconds": seconds, "TFLOP/s": rates, "failed": failed}
+    return said
 
 
 def one_gradient(sizes: tuple[int, int, int], rounds: int) -> dict[str, Any]:
@@ -130,55 +114,26 @@ def one_gradient(sizes: tuple[int, int, int], rounds: int) -> dict[str, Any]:
     make = {"dtype": torch.bfloat16, "device": "cuda"}
     h, v, dy = (torch.randn(1, LENGTH, n, **make) for n in (f, d, d))
     v, w0 = v * 0.01, torch.randn(d, f, **make) * 0.02
-    shape, model = ScanShape(LENGTH, d, f, chunk, 1, h.dtype), gpu_predicted.here()
-    chosen = gradient_plan(h.device, shape)
+    shape = ScanShape(LENGTH, d, f, chunk, 1, h.dtype)
+    model = device_of(torch.cuda.get_device_name())
+    form = None if model is None else predicted_gradient_form(model, shape)
 
     def kernels() -> object:
-        found, gpu_scan.gradient_plan = gpu_scan.gradient_plan, lambda *_, **__: None
+        found, gpu_scan.gradient_form = gpu_scan.gradient_form, lambda *_: "on_chip"
         try:
             return gpu_scan.chunk_scan_backward(dy, h, v, w0, None, chunk)
         finally:
-            gpu_scan.gradient_plan = found
+            gpu_scan.gradient_form = found
 
     runs: dict[str, Callable[[], object]] = {
         "static": lambda: (dy[0] @ w0, dy[0].t() @ h[0]),
         "kernels": kernels,
+        "library": lambda: chunk_scan_backward_library(dy, h, v, w0, chunk, 1.0),
     }
-    says: dict[str, float | None] = {}
-    if model is not None:
-        says["static"] = cost_of(training_cost.static_step(shape, model)[1:], model).seconds
-        says["kernels"] = gpu_predicted.of_gradient_scans(shape, model)
-        for cut in spans_choices(shape, model):
-            name = f"library, span {cut.span}, held {cut.held}"
-            says[name] = gpu_predicted.of_spans(shape, model, cut, backward=True)
-            runs[name] = lambda cut=cut: chunk_scan_backward_library(
-                dy, h, v, w0, chunk, 1.0, cut.span, cut.held
-            )
-    want, failed = kernels(), {}
-    for name, run in runs.items():
-        if name.startswith("library"):
-            pairs = zip(run(), want, strict=True)  # type: ignore[call-overload]
-            error = max(float((a.float() - b.float()).abs().max() / b.float().abs().max()) for a, b in pairs)
-            if error > CLOSE:
-                failed[name] = f"error {error:.1e}"
-    said = {
-        "D": d,
-        "F": f,
-        "T": LENGTH,
-        "C": chunk,
-        "predicted form": "kernels" if chosen is None else "library",
-    }
-    said |= {} if chosen is None else {"span": chosen.span, "held": chosen.held}
-    return {**said, "failed": failed, **timed(runs, says, rounds)}
-
-
-def timed(
-    runs: dict[str, Callable[[], object]], says: dict[str, float | None], rounds: int
-) -> dict[str, dict[str, Any]]:
-    """Seconds from the host's first call to the device's last kernel, of the device alone, and predicted."""
+    for a, b in zip(runs["kernels"](), runs["library"](), strict=True):  # type: ignore[call-overload]
+        assert float((a.float() - b.float()).abs().max() / b.float().abs().max()) < CLOSE
     seconds = medians(runs, rounds)
-    alone = {name: statistics.median(queued(run) for _ in range(rounds)) for name, run in runs.items()}
-    return {"seconds": seconds, "device seconds": alone, "predicted": {n: says.get(n) for n in runs}}
+    return {"D": d, "F": f, "T": LENGTH, "C": chunk, "predicted form": form, "seconds": seconds}
 
 
 class Decoding:
@@ -258,16 +213,6 @@ def one_step(d: int, f: int, batch: int, form: str, rounds: int) -> dict[str, An
     return {**said, "seconds": seconds, "launches": len(found), "microseconds": found, "at the end": last}
 
 
-def show(part: str, found: dict[str, Any]) -> None:
-    """A part's record in a few lines: seconds as microseconds, of the device alone, and predicted."""
-    tables = ("seconds", "device seconds", "predicted")
-    left = {k: v for k, v in found.items() if k not in ("microseconds", "at the end", *tables)}
-    print(part, json.dumps(left), flush=True)
-    for name in found.get("seconds", ()):
-        taken = [found.get(k, {}).get(name) for k in tables]
-        print(f"  {name:38}", *("      -" if s is None else f"{1e6 * s:7.0f}" for s in taken), flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -285,7 +230,11 @@ def main() -> None:
 
     def keep(part: str, found: dict[str, Any]) -> None:
         record.setdefault(part, []).append(found)
-        show(part, found)
+        print(
+            part,
+            json.dumps({k: v for k, v in found.items() if k not in ("microseconds", "at the end")}),
+            flush=True,
+        )
         if a.out is not None:
             a.out.write_text(json.dumps(record, indent=1))
 

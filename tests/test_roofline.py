@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,6 @@ import ttt_compiler as ttt
 from ttt_compiler.architectures.presets import PRESETS
 from ttt_compiler.cli import app
 from ttt_compiler.codegen.devices import A100, DEVICES, H100, H800
-from ttt_compiler.codegen.forms_spans import NEAR
 from ttt_compiler.errors import ConfigError
 from ttt_compiler.memory import memory_plan
 from ttt_compiler.model_cost import (
@@ -135,10 +133,8 @@ def test_plan_covers_every_model_length_and_device(plan):
         (model, tokens, device.name) for model in PRESETS for tokens in CONTEXTS for device in DEVICES
     }
     for row in plan.rows:
-        # A running sequence is our kernel, of whose steps an H200 has shown the time; elsewhere its tiles are
-        # smaller, and there are more steps.
-        most = {"A100": 75, "B200": 200, "MI300X": 200}.get(row.device, 30)
-        assert 0 < row.prefill.percent < most
+        # Tiles for running sequences are small there, and re-read h for every one of them.
+        assert 0 < row.prefill.percent < (100 if row.device in ("B200", "MI300X") else 20)
         assert 0 < row.decode.percent < 10
         assert 0 < row.training.percent < 20
         # Memory is what the stacked form pays with, whatever its time.
@@ -152,12 +148,7 @@ def test_the_share_of_fast_weights_falls_as_attention_grows(plan):
             rows = [r for r in plan.rows if (r.model, r.device) == (model, device.name)]
             for part in ("prefill", "decode", "training"):
                 percents = [getattr(row, part).percent for row in rows]
-                if part == "training":
-                    # Longer texts are cut otherwise, and of nearly equal cuts the one with least memory wins.
-                    assert all(b < NEAR * a for a, b in itertools.pairwise(percents))
-                    assert percents[-1] < percents[0] / 3
-                else:
-                    assert percents == sorted(percents, reverse=True)
+                assert percents == sorted(percents, reverse=True)
 
 
 def test_more_sites_cost_more_and_none_cost_nothing():

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ttt_compiler.codegen import decode_cost, forms, forms_cpu, training_cost
-from ttt_compiler.codegen.choose import predicted, predicted_gradients
+from ttt_compiler.codegen.choose import predicted, predicted_gradient_form
 from ttt_compiler.codegen.cost_model import Choice, linear_parameters, rank_scan_configs
 from ttt_compiler.codegen.decode_cost import DecodeShape
 from ttt_compiler.codegen.devices import Device
@@ -194,10 +194,10 @@ def static_training(model: ModelShape, tokens: int, device: Device, *, batch: in
 
 
 @functools.cache
-def ours(shape: ScanShape, device: Device, use: str) -> Choice:
+def ours(shape: ScanShape, device: Device, use: str, form: str = "on_chip") -> Choice:
     """What the package runs for a scan: see :func:`ttt_compiler.codegen.choose.predicted`."""
     if device.overlaps:
-        return predicted(device, use, shape)
+        return predicted(device, use, shape, form)
     return next(choice for choice in rank_scan_configs(shape, device, ()) if choice.form == "recurrent")
 
 
@@ -285,8 +285,8 @@ def training(
             training_cost.values_step(shape, device, d_target=site.d_target, proj=site.proj), device
         )
         base = _seconds(training_cost.static_step(shape, device), device)
-        cut = predicted_gradients(device, shape)[0] if device.overlaps else None
-        phases, needed = training_cost.our_step(shape, device, _scan, cut)
+        form = predicted_gradient_form(device, shape) if device.overlaps else "recurrent"
+        phases, needed = training_cost.our_step(shape, device, functools.partial(_scan, form=form))
         official, stack = training_cost.stacked_step(shape, device)
         names[ours(shape, device, SCAN).form] = None
         seconds += site.count * (_seconds(phases, device) + values - base)
@@ -299,7 +299,7 @@ def training(
 
 
 def named(choice: Choice) -> str:
-    """A choice in a word, with the tiles of our kernel or the span of the other forms."""
+    """A choice in a word, with the tiles of our kernel or the span of the dual form."""
     if choice.span is not None:
         return f"{choice.form} L{choice.span}"
     if choice.config is None:
@@ -308,9 +308,9 @@ def named(choice: Choice) -> str:
     return f"{choice.form} {c.bm}x{c.bd}x{c.bf} S{c.groups}"
 
 
-def _scan(shape: ScanShape, device: Device) -> tuple[tuple[Phase, ...], int]:
+def _scan(shape: ScanShape, device: Device, form: str) -> tuple[tuple[Phase, ...], int]:
     # Gradients have operands of their own, or leave a state.
-    choice = ours(shape, device, GRADIENT if shape.apart or shape.final else SCAN)
+    choice = ours(shape, device, GRADIENT if shape.apart or shape.final else SCAN, form)
     return choice.phases, choice.workspace
 
 

@@ -173,9 +173,6 @@ def sweep(planned: Planned, device: Device, *, tokens: int = 32768) -> tuple[Swe
         base = cost_of(forms.static(shape, device), device).seconds
         best: dict[str, tuple[str, float, str, str]] = {}
         choices = [ours(shape, device, RUNNING), *rank_scan_configs(shape, device, ())]
-        # The library form leaves no state, which costs the others little.
-        without = rank_scan_configs(dataclasses.replace(shape, final=False), device, ())
-        choices += [choice for choice in without if choice.form == "spans"]
         for choice in choices:
             label = named(choice).partition(" ")[2]
             best.setdefault(choice.form, (choice.form, choice.cost.seconds / base, choice.cost.limit, label))

@@ -20,13 +20,12 @@ if TYPE_CHECKING:
 
 PAGE = "docs/roofline.md"
 COMMAND = f"ttt-compiler bench --plan --markdown {PAGE}"
-_FORMS = ("on_chip", "spans", "two_gemm", "dual", "stacked_cumsum")
+_FORMS = ("on_chip", "two_gemm", "dual", "stacked_cumsum")
 _HEAD = f"""# Roofline plan
 
 Written by `{COMMAND}`.
-**Predicted, not measured**: shapes, closed-form counts and the device facts below. What a step of our scan
-takes was measured on an H200, on which the formulas have been right (docs/gpu.md); the other devices are
-taken to be like it. A test holds this page to what the code prints.
+**Predicted, not measured**: shapes, closed-form counts and the device facts below. No GPU was used. A test
+holds this page to what the code prints.
 """
 _READING = """## How to read it
 
@@ -35,15 +34,14 @@ _READING = """## How to read it
   forward and backward, without recomputation and optimiser.
 - *ours* is the time that fast weights add, in percent of static: convolution, P, and the scans as the package
   runs them. A prefill keeps the state, in fp32: that is always our kernel (`on_chip`), as is a call with
-  documents. A training forward takes the faster of `on_chip` and `spans`, and so do its gradients. Where
-  `spans` is far below `on_chip` in the table by chunk length, a running sequence would gain from it: that is
-  not built.
+  documents. A training forward takes the fastest of `on_chip`, `two_gemm` and `dual`, its gradients one of
+  the first two. Where `two_gemm` is far below `on_chip` in the table by chunk length, a running sequence
+  would gain from it: that is not built.
 - *stacked* is the official training form: all chunks' weights in memory, summed in bf16. It leaves no state
   to go on from, so as a prefill it stands here for comparison alone.
 - *form*: `on_chip` is our kernel (a tile of W stays in registers for the whole scan; BM x BD x BF, S groups),
-  `spans` batches of the vendor's GEMMs over spans of L tokens, attention form by halves inside of them. For
-  comparison: `two_gemm`, an apply and an accumulate GEMM per chunk, and `dual`, attention form chunk by chunk
-  inside of spans.
+  `two_gemm` an apply and an accumulate GEMM per chunk by the vendor's library, `dual` attention form inside
+  of spans with one write between them.
 - *KV* and *state* are of one sequence. *extra* is what training holds beside the static model: what is kept
   until the backward in all sites, and the largest workspace.
 """
@@ -79,14 +77,13 @@ def _devices(devices: Sequence[Device]) -> list[str]:
         "SMs",
         "GEMM",
         "our scan",
-        "its sums",
         "attention",
         "memory",
         "cache",
     )
     rows, reasons = [], []
     for d in devices:
-        fractions = (d.gemm, d.scan, d.sums, d.attention, d.hbm_part, d.l2_part)
+        fractions = (d.gemm, d.scan, d.attention, d.hbm_part, d.l2_part)
         rows.append(
             (
                 d.name,
@@ -170,8 +167,8 @@ def _sweeps(sweeps: Sequence[Sweep]) -> list[str]:
     return [
         "## Which form, by chunk length\n",
         "One site's forward scan over 32k tokens on an H100 with the state kept, as a multiple of the\n"
-        "static projection's time, and what binds: `on_chip` as a running sequence runs it. `spans` and\n"
-        "`dual` with their best span; `spans` and the stacked form keep no state.\n",
+        "static projection's time, and what binds: `on_chip` as a running sequence runs it. `dual` with its\n"
+        "best span; the stacked form keeps no state.\n",
         table(("model", "C", *_FORMS), rows),
     ]
 
@@ -279,7 +276,7 @@ def _together(rows: Sequence[Compared]) -> str:
 
 Over all rows the measured change is {factors} times the predicted one, and the static model's measured
 speed {reached} % of the predicted one. The prediction is what a compiled implementation can approach, not
-what those implementations reach; what ours reaches on one card is in docs/gpu.md.
+what those implementations reach; no measurement of ours on a GPU exists yet.
 """
 
 

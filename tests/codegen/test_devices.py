@@ -23,7 +23,7 @@ from ttt_compiler.codegen.devices import (
 )
 from ttt_compiler.errors import UnsupportedDeviceError
 
-FRACTIONS = ("gemm", "scan", "sums", "attention", "hbm_part", "l2_part")
+FRACTIONS = ("gemm", "scan", "attention", "hbm_part", "l2_part")
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=lambda d: d.name)

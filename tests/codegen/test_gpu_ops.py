@@ -100,3 +100,14 @@ def test_gradients_of_no_tokens(sizes):
     for a, b in zip(ours, theirs, strict=True):
         assert torch.equal(a, b)
     assert controls.limit_writes(v, h, torch.tensor(1.0), None, CHUNK, True).shape == v.shape
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.9])
+@pytest.mark.parametrize("chunk", [CHUNK, 40])
+def test_gradients_by_library_products(monkeypatch, chunk, decay):
+    h, v, w0, dy = torch.randn(B, T, F), torch.randn(B, T, D), torch.randn(D, F), torch.randn(B, T, D)
+    monkeypatch.setattr(scan, "gradient_form", lambda *_: "library")
+    rest = (None, chunk, decay, "raise")
+    want = cpu_scan.chunk_scan_backward(dy, h, v, w0, *rest)
+    for a, b in zip(scan.chunk_scan_backward(dy, h, v, w0, *rest), want, strict=True):
+        assert relative_error(a, b) < 1e-5

@@ -12,7 +12,6 @@ from torch.nn import functional
 
 from tests.tolerances import assert_within_budget, relative_error
 from ttt_compiler.codegen import choose, reference
-from ttt_compiler.codegen.forms_spans import Spans
 from ttt_compiler.codegen.kernels.tiles import Tile
 from ttt_compiler.offline.interpreter import inductor_on_cpu_tensors
 from ttt_compiler.spec import WriteRule
@@ -27,11 +26,11 @@ SIZES = (2, 29, 37, 19)  # B, T, F, D
 LR = 0.3
 
 
-def planned(monkeypatch, tile, groups, form="on_chip", span=8, held=2):
+def planned(monkeypatch, tile, groups, form="on_chip", span=8):
     """Every scan gets this plan."""
     from ttt_compiler.codegen import lowering_gpu
 
-    plan = choose.ScanPlan(form, (tile,), groups, span, held, 0.0)
+    plan = choose.ScanPlan(form, (tile,), groups, span, 0.0)
     monkeypatch.setattr(lowering_gpu, "scan_plan", lambda *_, **__: plan)
 
 
@@ -180,7 +179,7 @@ def test_library_products(monkeypatch, dtype, decay, span):
 def test_gradients_by_library_products(monkeypatch, decay):
     from ttt_compiler.codegen import lowering_gpu
 
-    monkeypatch.setattr(lowering_gpu, "gradient_plan", lambda *_, **__: Spans(8 if decay != 1.0 else 16, 1))
+    monkeypatch.setattr(lowering_gpu, "gradient_form", lambda *_: "library")
     xs = [x.requires_grad_() for x in operands(torch.float32)]
     wide = [x.detach().double().requires_grad_() for x in xs]
     compiled = torch.compile(layer)

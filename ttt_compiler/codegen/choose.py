@@ -14,10 +14,8 @@ import torch
 from ttt_compiler.codegen.cost_model import Choice, rank_scan_configs
 from ttt_compiler.codegen.devices import DEVICES, Device, device_of
 from ttt_compiler.codegen.forms import ScanShape
-from ttt_compiler.codegen.forms_spans import NEAR, Spans, best_spans, spans_backward
 from ttt_compiler.codegen.kernels.tiles import GRADIENT, INTERPRETED, RUNNING, Tile, architecture, shipped
 from ttt_compiler.codegen.on_chip import config_of, shipped_configs
-from ttt_compiler.codegen.phases import cost_of
 from ttt_compiler.codegen.training_cost import backward_scans
 
 # Tiles that are measured against each other under max-autotune.
@@ -33,7 +31,6 @@ class ScanPlan:
         tiles: of our kernel, best first.
         groups: S, the same for all of them: they fill one buffer.
         span: of the library form, tokens between two writes.
-        held: of the library form, spans whose states are in memory at a time.
         seconds: predicted; 0 where there is no model of the device.
     """
 
@@ -41,7 +38,6 @@ class ScanPlan:
     tiles: tuple[Tile, ...]
     groups: int
     span: int
-    held: int
     seconds: float
 
 
@@ -62,82 +58,74 @@ def scan_plan(
     """
     if device.type == "cpu":
         groups = INTERPRETED.groups(shape.d_model, shape.d_ff)
-        return ScanPlan("on_chip", (INTERPRETED,), groups, 0, 0, 0.0)
+        return ScanPlan("on_chip", (INTERPRETED,), groups, shape.chunk, 0.0)
     arch = architecture(device)
     name = torch.cuda.get_device_name(device)
-    forms = ("on_chip",) if only_kernel else ("on_chip", "spans")
-    return _plan(_model_of(name, arch), arch, use, shape, forms, decays)
+    forms = ("on_chip",) if only_kernel else ("on_chip", "two_gemm", *([] if decays else ["dual"]))
+    return _plan(_model_of(name, arch), arch, use, shape, forms)
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(
-    model: Device, arch: str, use: str, shape: ScanShape, forms: tuple[str, ...], decays: bool
-) -> ScanPlan:
+def _plan(model: Device, arch: str, use: str, shape: ScanShape, forms: tuple[str, ...]) -> ScanPlan:
     tiles = {t.schedule: t for t in shipped(arch, shape.dtype, use)}
-    ranked = _ranked(model, arch, use, shape, forms, decays)
+    ranked = _ranked(model, arch, use, shape, forms)
     best = ranked[0]
     if best.config is None:
-        assert best.span is not None
-        return ScanPlan("library", (), 0, best.span, best.held, best.cost.seconds)
+        span = shape.chunk if best.span is None else best.span
+        return ScanPlan("library", (), 0, -(-span // shape.chunk) * shape.chunk, best.cost.seconds)
     groups = best.config.groups
     chosen: dict[Tile, None] = {}
     for choice in ranked:
         c = choice.config
         if c is not None and c.groups == groups:
             chosen[tiles[c.bm, c.bd, c.bf, c.warps, c.stages]] = None
-    return ScanPlan("on_chip", tuple(chosen)[:MOST_CHOICES], groups, 0, 0, best.cost.seconds)
+    return ScanPlan("on_chip", tuple(chosen)[:MOST_CHOICES], groups, shape.chunk, best.cost.seconds)
 
 
-def gradient_plan(device: torch.device, shape: ScanShape, *, decays: bool = False) -> Spans | None:
-    """How the library form cuts the text for gradients without documents; None: our kernel's scans.
+def gradient_form(device: torch.device, shape: ScanShape) -> str:
+    """``"on_chip"`` or ``"library"``: how the scans of a backward without documents are run.
 
     Args:
         device: where.
         shape: of the forward.
-        decays: whether W decays.
     """
     if device.type == "cpu":
-        return None
-    model = _model_of(torch.cuda.get_device_name(device), architecture(device))
-    return predicted_gradients(model, shape, decays=decays)[0]
+        return "on_chip"
+    arch = architecture(device)
+    model = _model_of(torch.cuda.get_device_name(device), arch)
+    return "library" if predicted_gradient_form(model, shape) == "two_gemm" else "on_chip"
 
 
 @functools.lru_cache(maxsize=1024)
-def predicted_gradients(
-    model: Device, shape: ScanShape, *, decays: bool = False
-) -> tuple[Spans | None, float]:
-    """The faster form of a backward, as in :func:`gradient_plan`, and its predicted seconds."""
-    cut = best_spans(shape, model, decays=decays, backward=True)
-    library = cost_of(spans_backward(shape, model, cut), model).seconds
-    scans = sum(predicted(model, GRADIENT, part).cost.seconds for part in backward_scans(shape))
-    return (cut, library) if library < scans else (None, scans)
+def predicted_gradient_form(model: Device, shape: ScanShape) -> str:
+    """``"on_chip"`` or ``"two_gemm"``: the faster form of a backward's three scans, which have the same."""
+
+    def seconds(form: str) -> float:
+        return sum(predicted(model, GRADIENT, part, form).cost.seconds for part in backward_scans(shape))
+
+    return min(("on_chip", "two_gemm"), key=seconds)
 
 
-def predicted(model: Device, use: str, shape: ScanShape) -> Choice:
+def predicted(model: Device, use: str, shape: ScanShape, form: str = "on_chip") -> Choice:
     """What a scan on a device becomes here, with its predicted time; for plans without the device.
 
     Args:
         model: of a GPU.
-        use: ``SCAN`` for a forward without a state, ``GRADIENT`` for one of a backward's three scans by our
-            kernel, or ``RUNNING`` for a running sequence.
+        use: ``SCAN`` for a forward without a state, ``GRADIENT``, or ``RUNNING`` for a running sequence.
         shape: of the scan.
+        form: of gradients, whose three scans have the same: ``"on_chip"`` or ``"two_gemm"``.
     """
     if use == RUNNING:
         tile = shipped(model.arch, shape.dtype, use)[0]
         groups = tile.groups(shape.d_model, shape.d_ff, -(-model.sms // shape.batch))
         return next(c for c in rank_scan_configs(shape, model, [config_of(tile, groups)]) if c.config)
-    forms = ("on_chip",) if use == GRADIENT else ("on_chip", "spans")
+    forms = (form,) if use == GRADIENT else ("on_chip", "two_gemm", "dual")
     return _ranked(model, model.arch, use, shape, forms)[0]
 
 
-def _ranked(
-    model: Device, arch: str, use: str, shape: ScanShape, forms: tuple[str, ...], decays: bool = False
-) -> list[Choice]:
+def _ranked(model: Device, arch: str, use: str, shape: ScanShape, forms: tuple[str, ...]) -> list[Choice]:
     configs = shipped_configs(arch, shape.dtype, use, shape.d_ff)
-    ranked = [c for c in rank_scan_configs(shape, model, configs, decays=decays) if c.form in forms]
-    near = [c for c in ranked if c.form == ranked[0].form and c.cost.seconds <= NEAR * ranked[0].cost.seconds]
-    first = min(near, key=lambda c: c.workspace)
-    return [first, *(c for c in ranked if c is not first)]
+    return [c for c in rank_scan_configs(shape, model, configs) if c.form in forms]
 
 
 def _model_of(name: str, arch: str) -> Device:

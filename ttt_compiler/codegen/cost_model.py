@@ -1,10 +1,9 @@
 """Closed-form FLOPs and bytes of a fast-weight site, the order of the forms that can run it, and their names.
 
 The counts of a site describe the algorithms in :mod:`ttt_compiler.codegen.cpu`; those of a form live in
-:mod:`~ttt_compiler.codegen.forms`, :mod:`~ttt_compiler.codegen.forms_spans`,
-:mod:`~ttt_compiler.codegen.on_chip` and :mod:`~ttt_compiler.codegen.forms_cpu`. Nothing is measured here.
-May be changed here: a formula or a name, together with the kernel that it describes, and which forms are
-compared.
+:mod:`~ttt_compiler.codegen.forms`, :mod:`~ttt_compiler.codegen.on_chip` and
+:mod:`~ttt_compiler.codegen.forms_cpu`. Nothing is measured here. May be changed here: a formula or a name,
+together with the kernel that it describes, and which forms are compared.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ttt_compiler.codegen import forms, forms_cpu, forms_spans
+from ttt_compiler.codegen import forms, forms_cpu
 from ttt_compiler.codegen.cpu.gemm import ONEDNN_MIN_ROWS, SHADOW_MIN_ROWS, is_amd, writes_blocks
 from ttt_compiler.codegen.devices import Device
 from ttt_compiler.codegen.forms import ScanShape
@@ -95,10 +94,9 @@ class Choice:
     """One way to run a scan.
 
     Attributes:
-        form: ``"on_chip"``, ``"spans"``, ``"two_gemm"``, ``"dual"`` or ``"recurrent"`` (a processor's loop).
+        form: ``"on_chip"``, ``"two_gemm"``, ``"dual"`` or ``"recurrent"`` (a processor's loop).
         config: tiles of our kernel; None for the other forms.
-        span: tokens between two writes of ``spans`` and ``dual``; None for the other forms.
-        held: spans whose states are in memory at a time, of ``spans``; else 0.
+        span: tokens inside of which ``dual`` is used; None for the other forms.
         phases: what runs.
         cost: predicted.
         workspace: bytes it needs besides operands and result.
@@ -110,22 +108,15 @@ class Choice:
     phases: tuple[Phase, ...]
     cost: Cost
     workspace: int
-    held: int = 0
 
 
-def rank_scan_configs(
-    shape: ScanShape, device: Device, configs: Sequence[ScanConfig], *, decays: bool = False
-) -> list[Choice]:
+def rank_scan_configs(shape: ScanShape, device: Device, configs: Sequence[ScanConfig]) -> list[Choice]:
     """The forms of a scan and the configurations of our kernel, the fastest by prediction first.
-
-    ``spans`` and ``on_chip`` are what runs on a GPU; ``two_gemm`` and ``dual``, loops over chunks, stand
-    beside them for comparison. ``spans`` leaves no state, so a scan that wants one cannot have it.
 
     Args:
         shape: of the scan.
         device: where.
         configs: to compare; what cannot run on the device is left out (:func:`on_chip.why_not` says why).
-        decays: whether W decays.
 
     Returns:
         One choice per configuration that can run, and one per other form. Equal predictions keep the order
@@ -148,11 +139,6 @@ def rank_scan_configs(
         needed = scores + (copies if span < shape.tokens else 0)
         found.append(("dual", None, span, forms.dual(shape, device, span=span), needed))
     choices = [Choice(f, c, s, phases, cost_of(phases, device), w) for f, c, s, phases, w in found]
-    if device.overlaps and not shape.final:
-        cut = forms_spans.best_spans(shape, device, decays=decays)
-        phases = forms_spans.spans(shape, device, cut)
-        needed = forms_spans.spans_workspace(shape, cut)
-        choices.append(Choice("spans", None, cut.span, phases, cost_of(phases, device), needed, cut.held))
     return sorted(choices, key=lambda choice: choice.cost.seconds)
 
 

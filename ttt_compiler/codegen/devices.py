@@ -8,13 +8,11 @@ dense (no structured sparsity). Sources, one letter each, named in the entries:
 - (c) NVIDIA H200 datasheet;
 - (d) NVIDIA DGX/HGX B200 datasheets, an eighth of the eight-GPU figures; L2 as ``cudaDeviceProp`` reports it;
 - (e) AMD Instinct MI300X datasheet and CDNA 3 whitepaper; AMD's ROCm page on the MI300 microarchitecture;
-- (f) CUDA C++ Programming Guide, table of technical specifications per compute capability;
-- (g) this project's runs on an H200: ``bench/results/gpu-h200-torch-2.11.json``, read in ``docs/gpu.md``.
+- (f) CUDA C++ Programming Guide, table of technical specifications per compute capability.
 
 What no vendor publishes is marked "assumed" and carries its reason. Fractions of peaks are judgements from
-public benchmarks, or of (g); what a step of our scan takes is of (g), and assumed from it for cards that have
-not answered. May be changed here: a figure, with its source. This machine's processor is measured instead:
-:mod:`ttt_compiler.codegen.calibrate`.
+public benchmarks; this project has measured none of them. May be changed here: a figure, with its
+source. This machine's processor is measured instead: :mod:`ttt_compiler.codegen.calibrate`.
 """
 
 from __future__ import annotations
@@ -68,14 +66,11 @@ class Device:
         warp: threads of a warp.
         mma_rows: rows of the widest matrix instruction: an operand tile of fewer rows wastes the rest.
         launch: seconds from the end of one kernel to the start of the next in a stream.
-        host: seconds the host needs to enqueue one kernel of a compiled graph; 0 for a recorded one.
-        call: the same for a call of torch from Python, with the views of its arguments.
-        step: seconds that one dependent step of a program takes beside its products and sums: barriers,
-            addresses, matrix unit start and drain.
-        latency: seconds that a step waits for its operands per stage that its pipeline is short of three.
+        host: seconds the host needs to enqueue one kernel; 0 for a recorded graph of kernels.
+        step: seconds that one dependent step of a resident program takes however small it is: wait for a
+            copy, barrier, matrix unit start and drain.
         gemm: part of ``peaks`` that a large library GEMM reaches.
-        scan: part of ``peaks`` that the products of our kernel reach while they run.
-        sums: part of its share of ``hbm`` at which a program adds to sums of its own in memory.
+        scan: part of ``peaks`` that our kernel's main loop reaches, before its own limits are counted.
         attention: part of ``peaks`` that fused attention reaches on the prompt.
         hbm_part: part of ``hbm`` that a stream reaches.
         l2_part: part of ``l2_rate`` that a stream reaches.
@@ -102,12 +97,9 @@ class Device:
     mma_rows: int
     launch: float
     host: float
-    call: float
     step: float
-    latency: float
     gemm: Fraction
     scan: Fraction
-    sums: Fraction
     attention: Fraction
     hbm_part: Fraction
     l2_part: Fraction
@@ -139,20 +131,14 @@ class Device:
         """Bytes/s that a stream from the shared cache reaches."""
         return self.l2_rate * self.l2_part.value
 
-    @property
-    def sums_rate(self) -> float:
-        """Bytes/s at which a program of one SM loads and stores sums of its own."""
-        return self.sums.value * self.hbm / self.sms
-
 
 _GEMM = "cuBLAS and CUTLASS publish 65-80 % for K of thousands at power-limited clocks"
-_SCAN = "assumed: as on an H200"
-_SCAN_MEASURED = "(g): a step as a whole is at 24 %; the rest is its sums and a fixed part"
-_SUMS = "assumed: as on an H200"
-_SUMS_MEASURED = "(g): 27 GB/s per SM, since a step waits for its sums"
+_SCAN = (
+    "assumed: a Triton loop with two dependent matrix products per step reaches what fused attention "
+    "forward reaches, not what a GEMM does"
+)
 _ATTENTION_2 = "FlashAttention-2 publishes 50-73 % of an A100 for causal prompts"
 _ATTENTION_3 = "FlashAttention-3 publishes 60-75 % of an H100 for long causal prompts"
-_AS_MEASURED = "; call, step, latency: assumed as on an H200"
 _HBM = "what copies and STREAM reach of the pin rate on HBM parts"
 _L2 = "assumed: public micro-benchmarks reach about 5.5 of 9 TB/s on an H100"
 
@@ -180,16 +166,13 @@ A100 = Device(
     mma_rows=16,
     launch=2e-6,
     host=5e-6,
-    call=18e-6,
-    step=0.55e-6,
-    latency=0.55e-6,
+    step=0.4e-6,
     gemm=Fraction(0.80, "cuBLAS reaches 250 of 312 TFLOP/s at K of thousands"),
-    scan=Fraction(0.80, _SCAN),
-    sums=Fraction(0.75, _SUMS),
+    scan=Fraction(0.60, _SCAN),
     attention=Fraction(0.60, _ATTENTION_2),
     hbm_part=Fraction(0.87, _HBM),
     l2_part=Fraction(0.60, _L2),
-    sources="(a) (f); L2: 5120 bytes per clock (a). launch, host: assumed" + _AS_MEASURED,
+    sources="(a) (f); L2: 5120 bytes per clock (a). launch, host, step: assumed",
 )
 
 H100 = Device(
@@ -216,18 +199,13 @@ H100 = Device(
     mma_rows=64,
     launch=2e-6,
     host=5e-6,
-    call=18e-6,
-    step=0.55e-6,
-    latency=0.55e-6,
+    step=0.4e-6,
     gemm=Fraction(0.70, _GEMM),
-    scan=Fraction(0.80, _SCAN),
-    sums=Fraction(0.75, _SUMS),
+    scan=Fraction(0.55, _SCAN),
     attention=Fraction(0.60, _ATTENTION_3),
     hbm_part=Fraction(0.90, _HBM),
     l2_part=Fraction(0.60, _L2),
-    sources=(
-        "(b) (f); L2 bytes per clock: assumed as (a), not published. launch, host: assumed" + _AS_MEASURED
-    ),
+    sources="(b) (f); L2 bytes per clock: assumed as (a), not published. launch, host, step: assumed",
 )
 
 H200 = replace(
@@ -235,11 +213,7 @@ H200 = replace(
     name="H200",
     memory=141 * GB,
     hbm=4.8 * TERA,
-    gemm=Fraction(0.70, "(g): 730 to 784 TFLOP/s for 8192 x 8192 x 8192, and less for what scans multiply"),
-    scan=Fraction(0.80, _SCAN_MEASURED),
-    sums=Fraction(0.75, _SUMS_MEASURED),
-    hbm_part=Fraction(0.88, "(g): 4.2 TB/s for a copy"),
-    sources="(c): an H100 with other memory. call, step, latency: (g); the rest as there",
+    sources="(c): an H100 with other memory; the rest as there",
 )
 
 H800 = replace(
@@ -274,18 +248,13 @@ B200 = Device(
     mma_rows=128,
     launch=2e-6,
     host=5e-6,
-    call=18e-6,
-    step=0.55e-6,
-    latency=0.55e-6,
+    step=0.4e-6,
     gemm=Fraction(0.70, "assumed: as on an H100"),
-    scan=Fraction(0.65, "assumed: less than on an H200: sums go back from tensor memory into registers"),
-    sums=Fraction(0.75, _SUMS),
+    scan=Fraction(0.45, "assumed: less than on an H100, whose loop does not use tensor memory either"),
     attention=Fraction(0.55, "assumed: exponentials and tensor memory traffic weigh more than on an H100"),
     hbm_part=Fraction(0.90, _HBM),
     l2_part=Fraction(0.60, _L2),
-    sources=(
-        "(d) (f); L2 bytes/s: assumed, an H100's bytes per clock and SM. launch, host: assumed" + _AS_MEASURED
-    ),
+    sources="(d) (f); L2 bytes/s: assumed, an H100's bytes per clock and SM. launch, host, step: assumed",
 )
 
 MI300X = Device(
@@ -312,18 +281,15 @@ MI300X = Device(
     mma_rows=32,
     launch=3e-6,
     host=6e-6,
-    call=18e-6,
-    step=0.55e-6,
-    latency=0.55e-6,
+    step=0.5e-6,
     gemm=Fraction(0.50, "public hipBLASLt measurements: 600-700 of 1307 TFLOP/s, limited by power"),
-    scan=Fraction(0.50, "assumed: less than on an H200, as its library products are"),
-    sums=Fraction(0.75, _SUMS),
+    scan=Fraction(0.35, _SCAN),
     attention=Fraction(0.40, "public CK FlashAttention measurements: 450-550 TFLOP/s forward"),
     hbm_part=Fraction(0.80, "public STREAM measurements: 4.0-4.4 of 5.3 TB/s"),
     l2_part=Fraction(0.60, "assumed: as elsewhere"),
     sources=(
-        "(e). The shared cache is the Infinity Cache: each die's L2 (4 MiB) is its own. launch, host: "
-        "assumed" + _AS_MEASURED
+        "(e). The shared cache is the Infinity Cache: each die's L2 (4 MiB) is its own. launch, host, step: "
+        "assumed"
     ),
 )
 

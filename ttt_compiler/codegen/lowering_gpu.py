@@ -22,7 +22,7 @@ from torch._inductor.lowering import fallback_handler, lowerings
 from torch._inductor.select_algorithm import ExternKernelChoice, realize_inputs
 from torch._inductor.virtualized import V
 
-from ttt_compiler.codegen.choose import ScanPlan, gradient_plan, scan_plan
+from ttt_compiler.codegen.choose import ScanPlan, gradient_form, scan_plan
 from ttt_compiler.codegen.forms import ScanShape
 from ttt_compiler.codegen.gpu.library import chunk_scan_library
 from ttt_compiler.codegen.gpu.scan import precision
@@ -50,7 +50,7 @@ def chunk_scan(
     use = SCAN if decay == 1.0 else DECAY
     plan = _plan(h, v, chunk, use, only_kernel=only_kernel, decays=decay != 1.0)
     if plan.form == "library":
-        return _by_library(h, v, w0, bias, chunk, plan, decay)
+        return _by_library(h, v, w0, bias, chunk, plan.span, decay)
     _invite_activation(h, w0.get_size()[0], plan.tiles[0])
     h, v, w0 = rows_contiguous(h), rows_contiguous(v), realize_inputs(w0)
     table = _chunks(pos, chunk, v, h, on_nonfinite)
@@ -65,12 +65,10 @@ def chunk_scan_backward(
     if _empty(h):
         zeros = (lowerings[_aten.full.default](x.get_size(), 0, **_like(x)) for x in (h, v, w0))
         return tuple(zeros)
-    cut = None
-    if pos is None and on_nonfinite == "raise":
-        cut = gradient_plan(h.get_device(), _shape(h, v, chunk), decays=decay != 1.0)
-    if cut is not None:
+    free = pos is None and on_nonfinite == "raise"
+    if free and gradient_form(h.get_device(), _shape(h, v, chunk)) == "library":
         rows = (ir.ExternKernel.require_contiguous(x) for x in (dy, h, v))
-        return tuple(_backward_library(*rows, realize_inputs(w0), chunk, decay, cut.span, cut.held))
+        return tuple(_backward_library(*rows, realize_inputs(w0), chunk, decay))
     transposed = realize_inputs(lowerings[_aten.permute.default](w0, [1, 0]))
     outer = (dy, h)
     dy, h, v = rows_contiguous(dy), rows_contiguous(h), rows_contiguous(v)
@@ -117,14 +115,13 @@ def _shape(q: Any, v: Any, chunk: int) -> ScanShape:
     return ScanShape(length, hint(v.get_size()[-1]), inner, chunk, batch, q.get_dtype())
 
 
-def _by_library(h: Any, v: Any, w0: Any, bias: Any, chunk: int, plan: ScanPlan, decay: float) -> Any:
-    """Products by torch's library, called from Python."""
+def _by_library(h: Any, v: Any, w0: Any, bias: Any, chunk: int, span: int, decay: float) -> Any:
+    """Products by torch's library, in a loop of its own."""
     h, v = (ir.ExternKernel.require_contiguous(x) for x in (h, v))
     inputs = [ir.ExternKernel.realize_input(x) for x in (h, v, w0)]
     batch, length, _ = h.get_size()
     layout = ir.FixedLayout(h.get_device(), h.get_dtype(), [batch, length, w0.get_size()[0]])
-    given = {"chunk": chunk, "span": plan.span, "held": plan.held, "decay": decay}
-    y = _library.bind(inputs, layout, **given).output_node()
+    y = _library.bind(inputs, layout, chunk=chunk, span=span, decay=decay).output_node()
     return y if bias is None else lowerings[_aten.add.Tensor](y, bias)
 
 

@@ -8,10 +8,7 @@ subtile of BM tokens one tile of h ``[BM, BF]`` and one of v ``[BM, BD]`` are re
 write.
 
 So W moves once per scan, h is read ceil(D/BD) times, v ceil(F/BF) times, and a partial output is touched
-ceil(F/BF) times. A step, one subtile of tokens against one tile of W, is a fixed time, its two products, and
-its partial output: none of the three hides behind another, since a step's sums wait for its product and the
-next step's for both. An H200 agrees within a quarter, and 4 % in the median, over 49 launches of five tiles
-(``tests/codegen/test_gpu_record.py``). May be changed here: the count, together with the kernel.
+ceil(F/BF) times. May be changed here: the count, together with the kernel.
 """
 
 from __future__ import annotations
@@ -26,12 +23,8 @@ from ttt_compiler.codegen.forms import L2_SHARE, ScanShape
 from ttt_compiler.codegen.kernels.tiles import SHIPPED, Tile, shipped
 from ttt_compiler.codegen.phases import Phase, stream
 
-# Registers of a thread per number of its part of W and of the output tile, which are rounded copies and
-# operand fragments too, and besides them (addresses, masks) by threads of a warp: lines through the figures
-# of docs/kernels.md.
-_REGISTERS_PER_NUMBER, _OTHER_REGISTERS = 1.6, {32: 120, 64: 170}
-# Stages from which on a step's operands are there when it starts.
-_DEEP = 3
+# Registers of a thread besides its part of W and of the output tile: addresses, operand fragments, masks.
+_OTHER_REGISTERS = 40
 # Rows of one matrix instruction as far as reads of shared memory go: each block of so many rows of the first
 # operand reads all of the second.
 _ROW_BLOCK = 64
@@ -88,11 +81,9 @@ def shared_bytes(config: ScanConfig, shape: ScanShape) -> int:
 
 
 def thread_registers(config: ScanConfig, device: Device) -> int:
-    """32-bit registers of a thread, as compilers give them, by its part of W and of the output tile."""
+    """32-bit registers of a thread: its part of the fp32 tile of W and of the output, and the rest."""
     tile = config.bd * config.bf + config.bm * config.bd
-    return (
-        math.ceil(_REGISTERS_PER_NUMBER * tile / (config.warps * device.warp)) + _OTHER_REGISTERS[device.warp]
-    )
+    return math.ceil(tile / (config.warps * device.warp)) + _OTHER_REGISTERS
 
 
 def why_not(config: ScanConfig, shape: ScanShape, device: Device) -> str | None:
@@ -167,13 +158,10 @@ def _busy(shape: ScanShape, device: Device, config: ScanConfig, programs: int, r
     reads += math.ceil(bd / _ROW_BLOCK) * (_ROW_BLOCK + bf) * bm
     tiles = bm * (bf * (1 + shape.apart) + bd) + bd * bf * min(1.0, bm / shape.chunk)
     shared = (reads + tiles) * item / (device.shared_rate * device.clock)
-    busy = max(apply + write, shared)
-    # The first tile of a program stores its sums, later ones load them too; none beyond the text.
-    sums = (2 * rounds - 1) / rounds * 4 * min(bm, shape.tokens) * bd / device.sums_rate
-    one = device.step + busy + sums + device.latency * max(0, _DEEP - config.stages)
+    one = max(apply + write, shared)
     whole, rest = divmod(shape.tokens, shape.chunk)
     steps = whole * math.ceil(shape.chunk / bm) + math.ceil(rest / bm)
     here, fit = math.ceil(programs / device.sms), resident(config, shape, device)
     full, left = divmod(here, fit)
-    step = full * max(fit * busy, one) + (max(left * busy, one) if left else 0.0)
+    step = full * max(fit * one, device.step) + (max(left * one, device.step) if left else 0.0)
     return rounds * steps * step

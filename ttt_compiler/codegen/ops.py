@@ -33,6 +33,7 @@ from ttt_compiler.codegen.cpu import project as cpu_project
 from ttt_compiler.codegen.cpu import scan as cpu_scan
 from ttt_compiler.codegen.cpu import step as cpu_step
 from ttt_compiler.codegen.cpu.native import op as native_op
+from ttt_compiler.codegen.gpu.library import chunk_scan_backward_library
 from ttt_compiler.codegen.kernels.chunk_table import (
     chunk_places,
     chunk_table,
@@ -74,8 +75,8 @@ _lib.define(
     "str on_nonfinite='raise') -> (Tensor, Tensor, Tensor)"
 )
 _lib.define(
-    "chunk_scan_backward_library(Tensor dy, Tensor h, Tensor v, Tensor w0, int chunk, float decay, "
-    "int span, int held) -> (Tensor, Tensor, Tensor)"
+    "chunk_scan_backward_library(Tensor dy, Tensor h, Tensor v, Tensor w0, int chunk, float decay) "
+    "-> (Tensor, Tensor, Tensor)"
 )
 _STEP = (
     "(Tensor h, Tensor t, Tensor w0, Tensor? bias, Tensor conv, Tensor? proj, Tensor? pos, "
@@ -175,11 +176,7 @@ _lib.impl("site", _site, "CompositeExplicitAutograd")
 _lib.impl("chunk_table", _chunk_table, "CompositeExplicitAutograd")
 _lib.impl("skip_nonfinite", skip_nonfinite, "CompositeExplicitAutograd")
 _lib.impl("chunk_places", chunk_places, "CompositeExplicitAutograd")
-_lib.impl(
-    "chunk_scan_backward_library",
-    _on_gpu("library", "chunk_scan_backward_library"),
-    "CompositeExplicitAutograd",
-)
+_lib.impl("chunk_scan_backward_library", chunk_scan_backward_library, "CompositeExplicitAutograd")
 _lib.impl("chunk_conv", cpu_conv.chunk_conv, "CPU")
 _lib.impl("chunk_conv_dweight", cpu_conv.chunk_conv_dweight, "CPU")
 _lib.impl("chunk_project", cpu_project.chunk_project, "CPU")
@@ -228,7 +225,9 @@ def _(x: Tensor, *_: object) -> Tensor:
 
 
 @torch.library.register_fake("ttt::chunk_scan_backward_library", lib=_lib)
-def _(dy: Tensor, h: Tensor, v: Tensor, w0: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    dy: Tensor, h: Tensor, v: Tensor, w0: Tensor, chunk: int, decay: float
+) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(h), torch.empty_like(v), w0.new_empty(w0.shape)
 
 

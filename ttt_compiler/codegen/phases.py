@@ -42,7 +42,6 @@ class Phase:
         l2: bytes between the shared cache and the SMs, where they bind; 0 where the arithmetic's rate
             already contains them.
         launches: kernels.
-        called: whether they are launched by calls of torch from Python, which take the host longer.
     """
 
     name: str
@@ -51,7 +50,6 @@ class Phase:
     hbm: float = 0.0
     l2: float = 0.0
     launches: int = 1
-    called: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,9 +99,7 @@ def cost_of(phases: Iterable[Phase], device: Device, *, recorded: bool = False) 
                 seconds[name] += value
         seconds["launch"] += phase.launches * device.launch
     launches = sum(phase.launches for phase in phases)
-    host = 0.0
-    if not recorded:
-        host = sum(phase.launches * (device.call if phase.called else device.host) for phase in phases)
+    host = 0.0 if recorded else launches * device.host
     if device.overlaps:
         # The host enqueues ahead of the device; only where it is slower does it show.
         total = sum(seconds.values())

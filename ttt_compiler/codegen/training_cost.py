@@ -1,10 +1,9 @@
 """What a training step of one site costs, forward and backward, by our scans and by the stacked form.
 
-On the chip our backward is three scans of the same kind: ``dh`` by the scan of ``dy`` against the transposed
-weight, and in reverse order ``dv`` (whose last state is the gradient of W0) and the part of ``dh`` that comes
-from the writes. Six units of 2 T D F against the static projection's two; nothing of size T/C x D x F is
-stored. By library products it is :func:`ttt_compiler.codegen.forms_spans.spans_backward`. May be changed
-here: the count, together with the backward formula in ``codegen/ops.py``.
+Our backward is three scans of the same kind: ``dh`` by the scan of ``dy`` against the transposed weight, and
+in reverse order ``dv`` (whose last state is the gradient of W0) and the part of ``dh`` that comes from the
+writes. Six units of 2 T D F against the static projection's two; nothing of size T/C x D x F is stored. May
+be changed here: the count, together with the backward formula in ``codegen/ops.py``.
 """
 
 from __future__ import annotations
@@ -12,10 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from ttt_compiler.codegen import forms, forms_cpu, forms_spans
+from ttt_compiler.codegen import forms, forms_cpu
 from ttt_compiler.codegen.devices import Device
 from ttt_compiler.codegen.forms import ScanShape
-from ttt_compiler.codegen.forms_spans import Spans
 from ttt_compiler.codegen.phases import Phase, gemm, stream
 
 # What runs one scan, as phases, and the bytes of workspace it needs.
@@ -41,24 +39,11 @@ def backward_scans(shape: ScanShape) -> tuple[ScanShape, ScanShape, ScanShape]:
     return turned, replace(shape, final=True), turned
 
 
-def our_step(
-    shape: ScanShape, device: Device, scan: Scan, backward: Spans | None = None
-) -> tuple[tuple[Phase, ...], int]:
-    """Our forward and backward: phases, and the largest workspace of its scans in bytes.
-
-    Args:
-        shape: of the forward.
-        device: where.
-        scan: what runs one scan.
-        backward: how the library form of the gradients cuts the text; None for three scans.
-    """
+def our_step(shape: ScanShape, device: Device, scan: Scan) -> tuple[tuple[Phase, ...], int]:
+    """Our forward and backward: phases, and the largest workspace of its scans in bytes."""
     if not device.overlaps:
         state = 2 * shape.d_model * shape.d_ff * shape.state_itemsize
         return forms_cpu.training(shape, device), state
-    if backward is not None:
-        forward, needed = scan(replace(shape, final=False), device)
-        gradients = forms_spans.spans_backward(shape, device, backward)
-        return (*forward, *gradients), max(needed, forms_spans.spans_workspace(shape, backward))
     done = [scan(part, device) for part in (replace(shape, final=False), *backward_scans(shape))]
     both = stream("dh", 3 * shape.batch * shape.tokens * shape.d_ff * shape.dtype.itemsize)
     return (*(phase for phases, _ in done for phase in phases), both), max(size for _, size in done)

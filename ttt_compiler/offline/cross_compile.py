@@ -171,45 +171,6 @@ def scan_kernels(target: Target) -> Iterator[Compiled]:
                 )
 
 
-def sum_kernels(target: Target) -> Iterator[Compiled]:
-    """The pass of the library form that adds up what spans write: forward, in reverse, and with decay."""
-    from ttt_compiler.codegen.kernels.prefix_states import BLOCK, prefix_states_kernel
-
-    uses: dict[str, dict[str, Any]] = {
-        "forward": {"DECAY": 1.0, "HAS_BASE": False, "REVERSE": False},
-        "gradient": {"DECAY": 1.0, "HAS_BASE": False, "REVERSE": True},
-        "decay": {"DECAY": 0.99, "HAS_BASE": True, "REVERSE": False},
-        "decay, gradient": {"DECAY": 0.99, "HAS_BASE": False, "REVERSE": True},
-    }
-    names = [p.name for p in prefix_states_kernel.params]
-    for dtype in DTYPES:
-        for use, flags in uses.items():
-            constants = {**flags, "BLOCK": BLOCK, **({} if flags["HAS_BASE"] else {"base": None})}
-            types = {"increments": "*fp32", "base": f"*{dtype}", "state": "*fp32", "reads": f"*{dtype}"}
-            compiled = assembler.compile_kernel(
-                prefix_states_kernel,
-                {n: types.get(n, "i32") for n in names},
-                constants,
-                [n for n in names if n not in ("SPANS", "WRITTEN")],
-                target.backend,
-                target.arch,
-                target.warp,
-                {"num_warps": 4, "num_stages": 3},
-            )
-            yield Compiled(
-                kernel="prefix_states",
-                use=use,
-                target=target.name,
-                dtype=dtype,
-                tile="-",
-                warps=4,
-                stages=3,
-                limit=target.shared_memory,
-                matrix=0,
-                **assembler.resources(compiled),
-            )
-
-
 def step_kernels(target: Target) -> Iterator[Compiled]:
     """Every kernel that a running sequence launches: one token, several, with forks, controls and rollback.
 
@@ -303,7 +264,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print rows as JSON instead")
     a = parser.parse_args()
     targets = [t for t in TARGETS if not a.target or t.name in a.target]
-    rows = [r for t in targets for r in (*scan_kernels(t), *sum_kernels(t), *merged(step_kernels(t)))]
+    rows = [r for t in targets for r in (*scan_kernels(t), *merged(step_kernels(t)))]
     if a.write:
         Path(a.write).write_text(page(rows))
     else:

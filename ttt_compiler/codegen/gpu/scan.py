@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ttt_compiler.codegen.choose import gradient_plan, scan_plan
+from ttt_compiler.codegen.choose import gradient_form, scan_plan
 from ttt_compiler.codegen.forms import ScanShape
 from ttt_compiler.codegen.gpu.library import chunk_scan_backward_library
 from ttt_compiler.codegen.kernels.chunk_scan import Carried, chunk_scan_partial
@@ -49,10 +49,8 @@ def chunk_scan_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`ttt_compiler.codegen.cpu.scan.chunk_scan_backward`."""
     dy, h, v = dy.contiguous(), h.contiguous(), v.contiguous()
-    if pos is None and on_nonfinite == "raise":
-        cut = gradient_plan(h.device, _shape(h, v, chunk), decays=decay != 1.0)
-        if cut is not None:
-            return chunk_scan_backward_library(dy, h, v, w0, chunk, decay, cut.span, cut.held)
+    if pos is None and on_nonfinite == "raise" and gradient_form(h.device, _shape(h, v, chunk)) == "library":
+        return chunk_scan_backward_library(dy, h, v, w0, chunk, decay)
     table = _chunks(pos, chunk, v, h, on_nonfinite)
     exact = precision(h.dtype)
 

@@ -46,19 +46,10 @@ class Tile:
         return [g for g in (1, 2, 3, 4, 6, 8) if g < tiles] + [tiles] * (tiles <= 8)
 
     def groups(self, outer: int, inner: int, programs: int = 2) -> int:
-        """The one of :meth:`group_choices` with the fewest tiles for the processor that has most of them.
-
-        One program runs on a processor at a time: registers leave no room for two (``docs/kernels.md``). Of
-        numbers within 5 % the least, since each has an output of its own.
-
-        Args:
-            outer: O.
-            inner: I.
-            programs: that run at a time, for one row of a batch.
-        """
-        rows, tiles = -(-outer // self.outer), -(-inner // self.inner)
-        most = {g: -(-g * rows // programs) * -(-tiles // g) for g in self.group_choices(inner)}
-        return next(g for g in most if 20 * most[g] <= 21 * min(most.values()))
+        """The least of :meth:`group_choices` that gives so many programs for one row of a batch."""
+        rows = -(-outer // self.outer)
+        choices = self.group_choices(inner)
+        return next((g for g in choices if g * rows >= programs), choices[-1])
 
 
 # What a scan is used for; more arguments leave fewer registers for the tile.
