@@ -24,7 +24,7 @@ def there_are_panels():
 def in_order(w):
     """``w [D, F]`` as panels, by torch."""
     d, f = w.shape
-    return w.to(BF16).view(d // 64, 64, f // 2, 2).permute(0, 2, 1, 3).contiguous()
+    return w.to(BF16).reshape(d // 64, 64, f // 2, 2).permute(0, 2, 1, 3).contiguous()
 
 
 def room(w):
@@ -78,6 +78,17 @@ def test_products(size, rows, with_bias, threads):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("size", [(32, 64), (96, 192), (1024, 320)])
+def test_products_with_a_turned_one(size):
+    p, h = torch.randn(size).to(BF16), torch.randn(33, size[0]).to(BF16)
+    made = torch.empty(panels.shape_of_turned(p), dtype=BF16)
+    panels.pack_turned(p, made)
+    assert torch.equal(made, in_order(p.t()))
+    out = torch.empty(33, size[1], dtype=BF16)
+    assert panels.apply(h, made, None, out)
+    assert relative_error(out.double(), h.double() @ p.double()) < BOUND
+
+
 def test_what_it_cannot_do_is_left_to_torch():
     w = torch.randn(64, 32)
     made = room(w)
@@ -93,6 +104,9 @@ def test_what_it_cannot_do_is_left_to_torch():
     ):
         assert panels.shape_of(torch.empty(size), dtype) is None
     assert panels.shape_of(w.double(), BF16) is None
+    for strange in (torch.empty(48, 64, dtype=BF16), torch.empty(32, 63, dtype=BF16), torch.empty(32, 64)):
+        assert panels.shape_of_turned(strange) is None
+    assert panels.shape_of_turned(torch.empty(64, 32, dtype=BF16).t()) is None
     with native.unused():
         assert panels.shape_of(w, BF16) is None
 

@@ -18,6 +18,7 @@ from ttt_compiler.codegen.cpu import native
 from ttt_compiler.codegen.cpu.controls import limited
 from ttt_compiler.codegen.cpu.conv import convolve
 from ttt_compiler.codegen.cpu.gemm import project, static_apply, workspace
+from ttt_compiler.codegen.cpu.native import panels
 from ttt_compiler.codegen.cpu.native.squares import norm as frobenius
 from ttt_compiler.codegen.cpu.native.units import units
 from ttt_compiler.codegen.cpu.slots import RowMatrix, add_factored
@@ -93,7 +94,20 @@ class Call:
         if self.proj is None:
             return v
         out = workspace("step.v", (t.shape[0], self.spec.d_model), t.dtype)
+        if self.projection is not None and panels.apply(v, self.projection, None, out):
+            return out
         return project(v, self.proj, out, "step.proj")
+
+    @functools.cached_property
+    def projection(self) -> Tensor | None:
+        """P in the order in which it is multiplied, where that pays: for more than one chunk."""
+        proj, chunks = self.proj, self.h.shape[0] * self.h.shape[1] // self.spec.chunk
+        shape = panels.shape_of_turned(proj) if proj is not None and chunks > 1 else None
+        if proj is None or shape is None or proj.dtype != self.t.dtype:
+            return None
+        made = workspace("step.p", shape, proj.dtype)
+        panels.pack_turned(proj, made)
+        return made
 
 
 class Row:

@@ -59,6 +59,7 @@ _SIGNATURES: dict[str, tuple[list[Any], Any, tuple[str, ...]]] = {
     "wideblocks": ([_POINTER] * 7 + [_SIZE] * 3 + [_INT] * 4, _INT, ("bfloat16", "float16")),
     "panels": ([_POINTER] * 6 + [_SIZE] * 3 + [_INT], _INT, ("bfloat16",)),
     "pack": ([_POINTER] * 2 + [_SIZE] * 2 + [_INT], None, ("bfloat16",)),
+    "pack_turned": ([_POINTER] * 2 + [_SIZE] * 2 + [_INT], None, ("bfloat16",)),
 }
 
 

@@ -151,3 +151,14 @@ extern "C" void pack_bfloat16(const float* w, bf16* copy, int64_t d, int64_t f, 
   for (int64_t r = 0; r < d; r += kPanelRows) to_panels(w + r * f, copy, f, r, kPanelRows, 0, f);
   narrowed();
 }
+
+// Of W^T [f, d], which is 16 bits wide already: pairs of its rows side by side.
+extern "C" void pack_turned_bfloat16(const bf16* p, bf16* copy, int64_t f, int64_t d, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t first = 0; first < d; first += kPanelRows)
+    for (int64_t k = 0; k < f; k += 2) {
+      const bf16 *one = p + k * d + first, *two = one + d;
+      uint32_t* pairs = reinterpret_cast<uint32_t*>(copy) + (first * f + k * kPanelRows) / 2;
+      for (int64_t j = 0; j < kPanelRows; ++j) pairs[j] = uint32_t(one[j].bits) | uint32_t(two[j].bits) << 16;
+    }
+}

@@ -21,15 +21,27 @@ _ROWS, _COLUMNS = 64, 32
 
 def shape_of(w: Tensor, dtype: torch.dtype) -> tuple[int, ...] | None:
     """Of a copy of ``w`` ``[D, F]``: D / 64 panels of F / 2 rows of 64 pairs. None: there is none."""
-    d, f = w.shape
-    if not _there(dtype) or w.dtype != torch.float32 or not w.is_contiguous() or d % _ROWS or f % _COLUMNS:
-        return None
-    return d // _ROWS, f // 2, _ROWS, 2
+    return _shape(*w.shape) if _there(dtype) and w.dtype == torch.float32 and w.is_contiguous() else None
+
+
+def shape_of_turned(p: Tensor) -> tuple[int, ...] | None:
+    """The same of a copy of ``W = p.T``, for products ``h @ p``; p ``[F, D]`` in the copy's dtype."""
+    return _shape(*p.shape[::-1]) if _there(p.dtype) and p.is_contiguous() else None
+
+
+def _shape(d: int, f: int) -> tuple[int, ...] | None:
+    return None if d % _ROWS or f % _COLUMNS else (d // _ROWS, f // 2, _ROWS, 2)
 
 
 def pack(w: Tensor, panels: Tensor) -> None:
     """Fill ``panels`` (:func:`shape_of`) with ``w``, fp32 ``[D, F]`` in one piece."""
     native.function("pack", panels.dtype)(w.data_ptr(), panels.data_ptr(), *w.shape, torch.get_num_threads())
+
+
+def pack_turned(p: Tensor, panels: Tensor) -> None:
+    """Fill ``panels`` (:func:`shape_of_turned`) with ``p`` ``[F, D]``, turned."""
+    function = native.function("pack_turned", panels.dtype)
+    function(p.data_ptr(), panels.data_ptr(), *p.shape, torch.get_num_threads())
 
 
 def apply(h: Tensor, panels: Tensor, bias: Tensor | None, out: Tensor) -> bool:
