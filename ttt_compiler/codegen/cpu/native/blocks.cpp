@@ -99,13 +99,12 @@ struct Blocks {
       for (int64_t t = 0; t < depth; t += 2) {
         ask(t + kAsked);
         ask(t + kAsked + 1);
-        const uint16_t* one = reinterpret_cast<const uint16_t*>(b + t * columns + first);
-        const uint16_t* two = one + columns;
+        const T* one = b + t * columns + first;
         uint32_t* pairs = reinterpret_cast<uint32_t*>(out + t * n);
         if (t + 1 < depth)
-          for (int64_t j = 0; j < n; ++j) pairs[j] = uint32_t(one[j]) | uint32_t(two[j]) << 16;
+          pair(one, one + columns, pairs, n);
         else
-          for (int64_t j = 0; j < n; ++j) pairs[j] = one[j];
+          for (int64_t j = 0; j < n; ++j) pairs[j] = one[j].bits;
       }
     } else {
       for (int64_t t = 0; t < depth; ++t) {

@@ -43,8 +43,7 @@ inline bool project_pairs(const bf16* x, int64_t apart, const bf16* p, bf16* out
       __builtin_prefetch(one + 16 * apart);
       __builtin_prefetch(two + 16 * apart);
     }
-    uint32_t* to_both = pairs + k / 2 * count;
-    for (int64_t i = 0; i < count; ++i) to_both[i] = uint32_t(one[i].bits) | uint32_t(two[i].bits) << 16;
+    pair(one, two, pairs + k / 2 * count, count);
   }
   const int64_t tiles = (to - from + kTurned - 1) / kTurned;
   int failed = 0;

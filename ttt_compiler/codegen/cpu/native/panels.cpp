@@ -10,6 +10,11 @@ using Release = void (*)(bool pairs);
 // Rows of W in a panel: [d / kPanelRows][f / 2][kPanelRows][2]. And rows of a product that go through all panels.
 constexpr int64_t kPanelRows = 64, kTogether = 512;
 
+// Two rows of n numbers as one of pairs.
+inline void pair(const bf16* one, const bf16* two, uint32_t* to, int64_t n) {
+  for (int64_t j = 0; j < n; ++j) to[j] = uint32_t(one[j].bits) | uint32_t(two[j].bits) << 16;
+}
+
 #if defined(__AVX512BF16__)
 // 16 rows of 16 pairs, turned.
 inline void turn_pairs(__m512i (&a)[16]) {
@@ -157,8 +162,7 @@ extern "C" void pack_turned_bfloat16(const bf16* p, bf16* copy, int64_t f, int64
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (int64_t first = 0; first < d; first += kPanelRows)
     for (int64_t k = 0; k < f; k += 2) {
-      const bf16 *one = p + k * d + first, *two = one + d;
-      uint32_t* pairs = reinterpret_cast<uint32_t*>(copy) + (first * f + k * kPanelRows) / 2;
-      for (int64_t j = 0; j < kPanelRows; ++j) pairs[j] = uint32_t(one[j].bits) | uint32_t(two[j].bits) << 16;
+      const bf16* row = p + k * d + first;
+      pair(row, row + d, reinterpret_cast<uint32_t*>(copy) + (first * f + k * kPanelRows) / 2, kPanelRows);
     }
 }
