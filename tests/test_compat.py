@@ -199,3 +199,10 @@ def test_what_the_doctor_asks_inductor(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     assert compat.inductor_cache() == str(tmp_path / "cache")
     assert (tmp_path / "cache").is_dir()
+
+
+def test_below_autograd_nothing_is_recorded():
+    x = torch.ones(2, requires_grad=True)
+    with compat.below_autograd():
+        assert not (x * 2).requires_grad
+    assert (x * 2).requires_grad

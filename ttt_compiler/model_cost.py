@@ -291,8 +291,8 @@ def training(
         names[ours(shape, device, SCAN).form] = None
         seconds += site.count * (_seconds(phases, device) + values - base)
         stacked += site.count * (_seconds(official, device) + values - base)
-        saved += site.count * training_cost.saved_bytes(shape)
-        kept += site.count * training_cost.saved_bytes(shape, stacked=True)
+        saved += site.count * training_cost.saved_bytes(shape, device)
+        kept += site.count * training_cost.saved_bytes(shape, device, stacked=True)
         workspace, stacks = max(workspace, needed), max(stacks, stack)
     cost = cost_of(static_training(model, tokens, device, batch=batch), device)
     return Added(cost, seconds, stacked, ", ".join(names), workspace + saved, stacks + kept)

@@ -10,7 +10,9 @@ from dataclasses import replace
 
 import torch
 
+from ttt_compiler.codegen.cpu import kept
 from ttt_compiler.codegen.cpu.gemm import ONEDNN_MIN_ROWS, SHADOW_MIN_ROWS, writes_blocks
+from ttt_compiler.codegen.cpu.scan import tail_chunks
 from ttt_compiler.codegen.devices import Device
 from ttt_compiler.codegen.forms import ScanShape
 from ttt_compiler.codegen.phases import Phase
@@ -74,12 +76,45 @@ def static(shape: ScanShape, device: Device) -> tuple[Phase, ...]:
 
 
 def training(shape: ScanShape, device: Device) -> tuple[Phase, ...]:
-    """Forward and backward of the loop: 2 and 5 products per token; W is recomputed, no state is stored."""
+    """Forward and backward of the loop: 2 and 5 products per token, less writes that kept matrices save."""
     backward = recurrent(replace(shape, final=True), device)
-    again = recurrent(shape, device)
     extra = shape.unit / rate_of(device, _library(shape, device), shape.dtype)
     mixed = shape.batch * shape.tokens * shape.d_ff * shape.dtype.itemsize * 3
-    return (*again, *again, *backward, Phase("v S", shape.unit, extra, hbm=mixed, launches=shape.chunks))
+    v_s = Phase("v S", shape.unit, extra, hbm=mixed, launches=shape.chunks)
+    return (*recurrent(shape, device), *_again(shape, device), *backward, v_s)
+
+
+def kept_matrices(shape: ScanShape) -> int:
+    """How many matrices a forward keeps for the backward."""
+    return int(kept.count(shape.batch, shape.tokens, shape.chunk, shape.d_model, shape.dtype))
+
+
+def _again(shape: ScanShape, device: Device) -> tuple[Phase, ...]:
+    """W of every chunk once more, applied to dy."""
+    matrices, d, f, c = kept_matrices(shape), shape.d_model, shape.d_ff, shape.chunk
+    tail = tail_chunks(c, d, f)
+    rows = [shape.chunks] * shape.batch
+    work = [
+        kept.stretches(n, at, tail) for n, at in zip(rows, kept.places(rows, matrices, tail), strict=True)
+    ]
+    writes, reads = (sum(x) for x in zip(*work, strict=True))
+    part = writes / max(shape.batch * shape.writes, 1)
+    phases = [
+        replace(p, flops=p.flops * part, seconds=p.seconds * part, hbm=p.hbm * part)
+        if p.name in ("write", "increment", "add", "copy")
+        else p
+        for p in recurrent(shape, device)
+    ]
+    flops = 2.0 * reads * c * c * (d + f)
+    moved = 2 * reads * c * (d + f) * shape.dtype.itemsize
+    rate = rate_of(device, _library(shape, device), shape.dtype)
+    # Copied in the forward, and back where a stretch begins.
+    copied = 4 * matrices * d * f * shape.state_itemsize
+    return (
+        *phases,
+        Phase("read unwritten", flops, flops / rate, hbm=moved, launches=2 * reads),
+        Phase("keep", hbm=copied, launches=2 * matrices),
+    )
 
 
 def rate_of(device: Device, name: str, dtype: torch.dtype) -> float:

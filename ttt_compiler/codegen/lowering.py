@@ -30,6 +30,7 @@ from ttt_compiler.codegen.target import uses_triton
 _scan_op = torch.ops.ttt.chunk_scan.default
 _backward_op = torch.ops.ttt.chunk_scan_backward.default
 _scan_fallback = fallback_handler(_scan_op, add_to_fallback_set=False)
+_keeping_op = torch.ops.ttt.chunk_scan_keeping.default
 _backward_fallback = fallback_handler(_backward_op, add_to_fallback_set=False)
 
 
@@ -99,9 +100,16 @@ def _lower_chunk_scan_backward(
     chunk: int,
     decay: float = 1.0,
     on_nonfinite: str = "raise",
+    kept: Any = None,
 ) -> Any:
     if uses_triton(h):
         from ttt_compiler.codegen import lowering_gpu
 
         return lowering_gpu.chunk_scan_backward(dy, h, v, w0, pos, chunk, decay, on_nonfinite)
-    return _backward_fallback(dy, h, v, w0, pos, chunk, decay, on_nonfinite)
+    return _backward_fallback(dy, h, v, w0, pos, chunk, decay, on_nonfinite, kept)
+
+
+# Two outputs, of which Inductor plans neither.
+register_lowering(_keeping_op, type_promotion_kind=None)(
+    fallback_handler(_keeping_op, add_to_fallback_set=False)
+)

@@ -6,6 +6,8 @@
   backend, so its kernel raises. It returns its first argument.
 - ``ttt::chunk_conv``, ``ttt::chunk_project``, ``ttt::limit_writes``, ``ttt::chunk_scan`` (+ their backward
   ops): the stateless, differentiable form. On GPUs the projection is an ordinary matmul instead.
+- ``ttt::chunk_scan_keeping``: chunk_scan where autograd records it on CPU; its second output is W of some
+  chunks, for the backward.
 - ``ttt::chunk_table``, ``ttt::chunk_places``: chunks of a batch for kernels that must not wait for the host.
 - ``ttt::fast_weight_step``: the stateful form; mutates the running sequence's tensors. On CPU an operator in
   C++ comes before the kernel that is registered here (:mod:`.cpu.native.op`), which calls
@@ -28,12 +30,14 @@ from torch import Tensor
 
 from ttt_compiler.codegen.cpu import controls as cpu_controls
 from ttt_compiler.codegen.cpu import conv as cpu_conv
+from ttt_compiler.codegen.cpu import kept as cpu_kept
 from ttt_compiler.codegen.cpu import native
 from ttt_compiler.codegen.cpu import project as cpu_project
 from ttt_compiler.codegen.cpu import scan as cpu_scan
 from ttt_compiler.codegen.cpu import step as cpu_step
 from ttt_compiler.codegen.cpu.native import op as native_op
 from ttt_compiler.codegen.gpu.library import chunk_scan_backward_library
+from ttt_compiler.codegen.gradients import FORMULAS
 from ttt_compiler.codegen.kernels.chunk_table import (
     chunk_places,
     chunk_table,
@@ -42,6 +46,7 @@ from ttt_compiler.codegen.kernels.chunk_table import (
 )
 from ttt_compiler.codegen.kernels.tiles import architecture
 from ttt_compiler.codegen.layout import StateTensors
+from ttt_compiler.compat import below_autograd
 from ttt_compiler.errors import NotCompiledError, UnsupportedDeviceError
 from ttt_compiler.spec import SiteSpec, state_dtype
 
@@ -71,8 +76,12 @@ _lib.define(
     "str on_nonfinite='raise') -> Tensor"
 )
 _lib.define(
+    "chunk_scan_keeping(Tensor h, Tensor v, Tensor w0, Tensor? bias, Tensor? pos, int chunk, "
+    "float decay=1.0, str on_nonfinite='raise') -> (Tensor, Tensor)"
+)
+_lib.define(
     "chunk_scan_backward(Tensor dy, Tensor h, Tensor v, Tensor w0, Tensor? pos, int chunk, float decay=1.0, "
-    "str on_nonfinite='raise') -> (Tensor, Tensor, Tensor)"
+    "str on_nonfinite='raise', Tensor? kept=None) -> (Tensor, Tensor, Tensor)"
 )
 _lib.define(
     "chunk_scan_backward_library(Tensor dy, Tensor h, Tensor v, Tensor w0, int chunk, float decay) "
@@ -160,6 +169,19 @@ def _fast_weight_rest(
     return cpu_step.finish_step(*call, cpu_step.Step(y, done.tolist(), base_done))
 
 
+def _scan_on_cpu(*args: Any) -> Any:
+    """chunk_scan under autograd: a forward that a backward follows keeps what that would compute again."""
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+        return torch.ops.ttt.chunk_scan_keeping(*args)[0]
+    with below_autograd():
+        return torch.ops.ttt.chunk_scan(*args)
+
+
+def _scan_keeping(h: Tensor, v: Tensor, w0: Tensor, bias: Any, pos: Any, chunk: int, *rest: Any) -> Any:
+    kept = cpu_kept.room(h, w0, chunk)
+    return cpu_scan.chunk_scan(h, v, w0, bias, pos, chunk, *rest, kept=kept), kept
+
+
 def _step_constants(rows: Tensor, spec: str) -> Tensor:
     return native_op.step_constants(_decoded(spec))
 
@@ -184,6 +206,7 @@ _lib.impl("chunk_project_dweight", cpu_project.chunk_project_dweight, "CPU")
 _lib.impl("limit_writes", cpu_controls.limit_writes, "CPU")
 _lib.impl("limit_writes_backward", cpu_controls.limit_writes_backward, "CPU")
 _lib.impl("chunk_scan", cpu_scan.chunk_scan, "CPU")
+_lib.impl("chunk_scan_keeping", _scan_keeping, "CPU")
 _lib.impl("chunk_scan_backward", cpu_scan.chunk_scan_backward, "CPU")
 # Behind a kernel for CPU, which it loads.
 _lib.impl("fast_weight_step", _fast_weight_step, "CompositeExplicitAutograd")
@@ -290,6 +313,11 @@ def _(h: Tensor, v: Tensor, w0: Tensor, *_: object) -> Tensor:
     return h.new_empty(h.shape[0], h.shape[1], w0.shape[0])
 
 
+@torch.library.register_fake("ttt::chunk_scan_keeping", lib=_lib)
+def _(h: Tensor, v: Tensor, w0: Tensor, bias: Any, pos: Any, chunk: int, *_: object) -> tuple[Tensor, Tensor]:
+    return h.new_empty(h.shape[0], h.shape[1], w0.shape[0]), cpu_kept.room(h, w0, chunk)
+
+
 @torch.library.register_fake("ttt::chunk_scan_backward", lib=_lib)
 def _(dy: Tensor, h: Tensor, v: Tensor, w0: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
     contiguous = torch.contiguous_format
@@ -306,60 +334,7 @@ def _(h: Tensor, t: Tensor, w0: Tensor, *_: object) -> Tensor:
     return h.new_empty(h.shape[0], h.shape[1], w0.shape[0])
 
 
-def _conv_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    t, conv, pos, chunk = inputs
-    ctx.save_for_backward(t, conv, pos)
-    ctx.chunk = chunk
-
-
-def _conv_backward(ctx: Any, dv: Tensor) -> tuple[Any, ...]:
-    t, conv, pos = ctx.saved_tensors
-    # Centred taps and zero padding: the adjoint is the same convolution with the taps reversed.
-    dt = torch.ops.ttt.chunk_conv(dv, conv.flip(-1), pos, ctx.chunk) if ctx.needs_input_grad[0] else None
-    dw = None
-    if ctx.needs_input_grad[1]:
-        dw = torch.ops.ttt.chunk_conv_dweight(dv, t, pos, ctx.chunk, conv.shape[-1])
-    return dt, dw, None, None
-
-
-def _project_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *saved, ctx.chunk = inputs
-    ctx.save_for_backward(*saved)
-
-
-def _project_backward(ctx: Any, dv: Tensor) -> tuple[Any, ...]:
-    c, proj, pos = ctx.saved_tensors
-    dc = torch.ops.ttt.chunk_project(dv, proj.t(), pos, ctx.chunk) if ctx.needs_input_grad[0] else None
-    dp = torch.ops.ttt.chunk_project_dweight(dv, c, pos, ctx.chunk) if ctx.needs_input_grad[1] else None
-    return dc, dp, None, None
-
-
-def _scan_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    h, v, w0, bias, pos, *ctx.constants = inputs
-    ctx.save_for_backward(h, v, w0, pos)
-    ctx.has_bias = bias is not None
-
-
-def _scan_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-    h, v, w0, pos = ctx.saved_tensors
-    dh, dv, dw0 = torch.ops.ttt.chunk_scan_backward(dy, h, v, w0, pos, *ctx.constants)
-    bias = dy.sum(dim=(0, 1)) if ctx.has_bias else None
-    return dh, dv, dw0, bias, None, *(None for _ in ctx.constants)
-
-
-def _limit_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    v, h, limit, pos, *ctx.constants = inputs
-    ctx.save_for_backward(v, h, limit, pos)
-
-
-def _limit_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    dv, dh, dlimit = torch.ops.ttt.limit_writes_backward(grad, *ctx.saved_tensors, *ctx.constants)
-    return dv, dh, dlimit if ctx.needs_input_grad[2] else None, None, None, None
-
-
-torch.library.register_autograd("ttt::chunk_conv", _conv_backward, setup_context=_conv_setup, lib=_lib)
-torch.library.register_autograd(
-    "ttt::chunk_project", _project_backward, setup_context=_project_setup, lib=_lib
-)
-torch.library.register_autograd("ttt::limit_writes", _limit_backward, setup_context=_limit_setup, lib=_lib)
-torch.library.register_autograd("ttt::chunk_scan", _scan_backward, setup_context=_scan_setup, lib=_lib)
+for _name, (_backward, _setup) in FORMULAS.items():
+    torch.library.register_autograd(f"ttt::{_name}", _backward, setup_context=_setup, lib=_lib)
+# In front of the formula of chunk_scan, which is that of GPUs then.
+_lib.impl("chunk_scan", _scan_on_cpu, "AutogradCPU")

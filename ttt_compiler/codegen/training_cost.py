@@ -2,8 +2,9 @@
 
 Our backward is three scans of the same kind: ``dh`` by the scan of ``dy`` against the transposed weight, and
 in reverse order ``dv`` (whose last state is the gradient of W0) and the part of ``dh`` that comes from the
-writes. Six units of 2 T D F against the static projection's two; nothing of size T/C x D x F is stored. May
-be changed here: the count, together with the backward formula in ``codegen/ops.py``.
+writes. Six units of 2 T D F against the static projection's two; nothing of size T/C x D x F is stored. On a
+processor it is :func:`ttt_compiler.codegen.forms_cpu.training`. May be changed here: the count, together with
+the backward formula in ``codegen/gradients.py``.
 """
 
 from __future__ import annotations
@@ -63,10 +64,13 @@ def values_step(
     return forward + forward + forward
 
 
-def saved_bytes(shape: ScanShape, *, stacked: bool = False) -> int:
+def saved_bytes(shape: ScanShape, device: Device, *, stacked: bool = False) -> int:
     """Bytes that a forward keeps until the backward beyond the static projection, which keeps h.
 
-    That is v; the stacked form keeps every chunk's weight as well.
+    That is v, and W of some chunks on a processor; the stacked form keeps every chunk's weight instead.
     """
     v = shape.batch * shape.tokens * shape.d_model * shape.dtype.itemsize
-    return v + (shape.chunks * shape.matrix * shape.dtype.itemsize if stacked else 0)
+    if stacked:
+        return v + shape.chunks * shape.matrix * shape.dtype.itemsize
+    matrices = 0 if device.overlaps else forms_cpu.kept_matrices(shape)
+    return v + matrices * shape.d_model * shape.d_ff * shape.state_itemsize

@@ -44,6 +44,14 @@ def compiling_backend(context: Any) -> tuple[Any, Mapping[str, Any]]:
     return getattr(backend, "compiler_fn", backend), getattr(backend, "kwargs", {})
 
 
+def below_autograd() -> contextlib.AbstractContextManager[object]:
+    """Ops called inside are not recorded and skip their autograd kernels, whatever their inputs require.
+
+    Checked on 2.13: ``torch._C._AutoDispatchBelowAutograd``, which ``torch.library.register_autograd`` uses.
+    """
+    return torch._C._AutoDispatchBelowAutograd()
+
+
 def install_compile_hook(
     backends: Sequence[Callable[..., Any]],
     bind: Callable[[nn.Module, Callable[..., Any], CompileOne, Mapping[str, Any]], Callable[..., Any]],

@@ -211,6 +211,12 @@ class FastMatrix:
         self.written = False
         self._forget_copies()
 
+    def begin(self, w: Tensor) -> None:
+        """``W = w``, a copy: ``[D, F]`` in the state's dtype."""
+        self.master.copy_(w)
+        self.written = True
+        self._forget_copies()
+
     def operand(self, rows: int) -> Tensor:
         """W to multiply ``rows`` rows with: operand dtype, or the fp32 master for a few rows."""
         if not self.written:

@@ -2,19 +2,23 @@
 
 FLOPs in units of one static projection (2*T*D*F): forward 1 + (n-1)/n, where the last chunk of a document
 is applied and not written because nobody reads it, and less where its last chunks read each other directly
-(:func:`tail_chunks`); backward 5 (W recomputed in forward order, then one reverse scan). Memory: one fp32
-``[D, F]`` matrix forward, two backward, whatever the number of chunks. May be changed here: the algorithm;
-:mod:`ttt_compiler.codegen.reference` says what it must compute.
+(:func:`tail_chunks`); backward 5 (W recomputed in forward order, then one reverse scan), less what a forward
+kept (:mod:`.kept`). Memory: one fp32 ``[D, F]`` matrix forward, two backward, whatever the number of chunks,
+and what is kept. May be changed here: the algorithm; :mod:`ttt_compiler.codegen.reference` says what it must
+compute.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from ttt_compiler.codegen.cpu.gemm import FastMatrix, add_product, static_apply, workspace
+from ttt_compiler.codegen.cpu.kept import places
 from ttt_compiler.codegen.cpu.native.squares import norm
 from ttt_compiler.codegen.segments import Run, documents, row_runs
 from ttt_compiler.errors import NonFiniteWriteError
@@ -32,6 +36,7 @@ def chunk_scan(
     on_nonfinite: str = "raise",
     *,
     out: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> Tensor:
     """``y_i = h_i W_i.T + bias; W_{i+1} = w0 + decay (W_i - w0) + v_i.T h_i``; documents start at w0.
 
@@ -45,6 +50,7 @@ def chunk_scan(
         decay: gamma; 1 never forgets.
         on_nonfinite: ``"raise"``, or ``"skip"`` the write of a chunk that holds NaN or Inf.
         out: contiguous ``[B, T, D]`` to fill; by default a new tensor.
+        kept: ``[K, D, F]`` to fill with W of some chunks, for :func:`chunk_scan_backward`.
 
     Returns:
         ``y [B, T, D]``.
@@ -53,35 +59,33 @@ def chunk_scan(
         NonFiniteWriteError: a chunk holds NaN or Inf and is not skipped.
     """
     if h.numel() == 0 or not _any(v):
+        if kept is not None:
+            kept.copy_(w0)
         return static_apply(h, w0, bias, out=out)
     h, v = h.contiguous(), v.contiguous()
     batch, length, _ = h.shape
     y = h.new_empty(batch, length, w0.shape[0]) if out is None else out
     w = _fast(w0, "scan.w", h.dtype, tuple(w0.shape))
-    tail = tail_chunks(chunk, *w0.shape) if decay == 1.0 else 1
-    for b, runs in enumerate(row_runs(pos, batch, length)):
-        for run in runs:
-            if run.padding:
-                _base(h[b], w0, bias, y[b], run)
-        for doc in documents(runs):
+    tail = _tail(chunk, w0, decay)
+    rows, kept_before = _texts(pos, batch, length, chunk, kept, tail)
+    room = iter(() if kept is None else kept)
+    for b, (padding, docs) in enumerate(rows):
+        for run in padding:
+            y[b, run] = static_apply(h[b, run], w0, bias)
+        for spans in docs:
             w.reset()
-            last = doc.start + max(0, -(-(doc.stop - doc.start) // chunk) - tail) * chunk
-            unwritten: list[slice] = []
-            for start in range(doc.start, doc.stop, chunk):
-                span = slice(start, min(start + chunk, doc.stop))
+            marks = next(kept_before)
+            waiting: list[slice] = []
+            for i, span in enumerate(spans):
+                if i in marks:
+                    next(room).copy_(w.master if w.written else w0)
                 w.apply(h[b, span], bias, y[b, span])
-                for past in unwritten:
+                for past in waiting:
                     add_product(h[b, span], h[b, past], v[b, past], y[b, span], "scan.tail")
-                if span.stop < doc.stop:
+                if i + 1 < len(spans):
                     w.decay(decay)
-                    if not writable(v[b, span], h[b, span], on_nonfinite, start // chunk):
-                        continue
-                    if start < last:
-                        w.write(v[b, span], h[b, span])
-                    elif unwritten and unwritten[-1].stop == start:
-                        unwritten[-1] = slice(unwritten[-1].start, span.stop)
-                    else:
-                        unwritten.append(span)
+                    if writable(v[b, span], h[b, span], on_nonfinite, span.start // chunk):
+                        _write(w, v[b], h[b], span, waiting if i >= len(spans) - tail else None)
     return y
 
 
@@ -103,8 +107,9 @@ def chunk_scan_backward(
     chunk: int,
     decay: float = 1.0,
     on_nonfinite: str = "raise",
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`chunk_scan` for h, v and w0.
+    """Gradients of :func:`chunk_scan` for h, v and w0; ``kept`` is what its forward filled.
 
     With ``S_i = sum_{k>i} decay^(k-i-1) dy_k.T h_k`` over the same document: ``dh_i = dy_i W_i + v_i S_i``,
     ``dv_i = h_i S_i.T``, ``dw0 = sum_i dy_i.T h_i`` (which is the last S when nothing decays).
@@ -115,21 +120,28 @@ def chunk_scan_backward(
     dw0 = torch.zeros(w0.shape, dtype=state_dtype(h.dtype))
     w = _fast(w0, "scan.w", h.dtype, tuple(w0.shape), turns=True)
     s = _fast(None, "scan.s", h.dtype, tuple(w0.shape), turns=True)
-    for b, runs in enumerate(row_runs(pos, batch, length)):
-        for run in runs:
-            if run.padding:
-                rows = slice(run.start, run.stop)
-                torch.mm(dy[b, rows], w0, out=dh[b, rows])
-                dw0 += torch.mm(dy[b, rows].t(), h[b, rows])
-        for doc in documents(runs):
-            spans = [slice(i, min(i + chunk, doc.stop)) for i in range(doc.start, doc.stop, chunk)]
+    tail = _tail(chunk, w0, decay)
+    rows, kept_before = _texts(pos, batch, length, chunk, kept, tail)
+    room = iter(() if kept is None else kept)
+    for b, (padding, docs) in enumerate(rows):
+        for run in padding:
+            torch.mm(dy[b, run], w0, out=dh[b, run])
+            dw0 += torch.mm(dy[b, run].t(), h[b, run])
+        for spans in docs:
             w.reset()
-            for span in spans:
-                w.apply_transposed(dy[b, span], dh[b, span])
-                if span is not spans[-1]:
-                    w.decay(decay)
-                    if writable(v[b, span], h[b, span], on_nonfinite, span.start // chunk):
-                        w.write(v[b, span], h[b, span])
+            borders = [0, *next(kept_before), len(spans)]
+            for start, stop in itertools.pairwise(borders):
+                if start:
+                    w.begin(next(room))
+                waiting: list[slice] = []
+                for i, span in enumerate(spans[start:stop], start):
+                    w.apply_transposed(dy[b, span], dh[b, span])
+                    for past in waiting:
+                        add_product(dy[b, span], v[b, past], h[b, past], dh[b, span], "scan.tail")
+                    if i + 1 < stop:
+                        w.decay(decay)
+                        if writable(v[b, span], h[b, span], on_nonfinite, span.start // chunk):
+                            _write(w, v[b], h[b], span, waiting if i >= stop - tail else None)
             s.reset()
             for span in reversed(spans):
                 if not s.is_zero and writable(v[b, span], h[b, span], on_nonfinite, span.start // chunk):
@@ -144,14 +156,44 @@ def chunk_scan_backward(
     return dh, dv, dw0.to(w0.dtype)
 
 
+def _tail(chunk: int, w0: Tensor, decay: float) -> int:
+    # What waits would have to forget, too.
+    return tail_chunks(chunk, *w0.shape) if decay == 1.0 else 1
+
+
+def _texts(
+    pos: Tensor | None, batch: int, length: int, chunk: int, kept: Tensor | None, tail: int
+) -> tuple[list[tuple[list[slice], list[list[slice]]]], Iterator[list[int]]]:
+    """Padding and documents of every row, each document by its chunks; and where W is kept, per document."""
+    rows = [
+        (
+            [slice(run.start, run.stop) for run in runs if run.padding],
+            [_chunks(run, chunk) for run in documents(runs)],
+        )
+        for runs in row_runs(pos, batch, length)
+    ]
+    count = 0 if kept is None else len(kept)
+    return rows, iter(places([len(spans) for _, docs in rows for spans in docs], count, tail))
+
+
+def _chunks(run: Run, chunk: int) -> list[slice]:
+    return [slice(i, min(i + chunk, run.stop)) for i in range(run.start, run.stop, chunk)]
+
+
+def _write(w: FastMatrix, v: Tensor, h: Tensor, span: slice, waiting: list[slice] | None) -> None:
+    """Write a chunk, or let it wait for those that read it itself, next to the one before."""
+    if waiting is None:
+        w.write(v[span], h[span])
+    elif waiting and waiting[-1].stop == span.start:
+        waiting[-1] = slice(waiting[-1].start, span.stop)
+    else:
+        waiting.append(span)
+
+
 def _fast(
     base: Tensor | None, slot: str, dtype: torch.dtype, shape: tuple[int, ...], *, turns: bool = False
 ) -> FastMatrix:
     return FastMatrix(base, workspace(slot, shape, state_dtype(dtype)), dtype, name=slot, turns=turns)
-
-
-def _base(h: Tensor, w0: Tensor, bias: Tensor | None, y: Tensor, run: Run) -> None:
-    y[run.start : run.stop] = static_apply(h[run.start : run.stop], w0, bias)
 
 
 def writable(v: Tensor, h: Tensor, on_nonfinite: str, index: int) -> bool:

@@ -1,0 +1,159 @@
+"""A training forward keeps some fast matrices: which ones, that gradients stay, and who keeps none."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import ttt_compiler.codegen.lowering  # noqa: F401
+from tests.codegen.test_ops import problem
+from tests.tolerances import FP64, relative_error
+from ttt_compiler.codegen import reference
+from ttt_compiler.codegen.cpu import kept, scan
+
+C, LR = 5, 0.3
+
+
+def packed(length, starts):
+    """One row of documents that begin where ``starts`` says."""
+    bounds = [0, *sorted(starts), length]
+    return torch.cat([torch.arange(b - a) for a, b in itertools.pairwise(bounds)])[None]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=5), st.integers(0, 30), st.integers(1, 4))
+def test_places_are_where_a_forward_has_a_written_matrix(chunks, many, tail):
+    marks = kept.places(chunks, many, tail)
+    assert sum(map(len, marks)) <= many
+    for n, at in zip(chunks, marks, strict=True):
+        assert at == sorted(set(at))
+        assert all(0 < i <= n - tail for i in at)
+
+
+@pytest.mark.parametrize("tail", [1, 2, 3])
+@pytest.mark.parametrize(("n", "many"), [(7, 1), (8, 2), (9, 3), (16, 4), (6, 20)])
+def test_no_other_places_cost_less(n, many, tail):
+    """By trying all of them, where a read costs so much of a write that this tail is the best."""
+    read = {1: 1.5, 2: 2 / 3, 3: 0.4}[tail]
+
+    def cost(marks):
+        writes, reads = kept.stretches(n, marks, tail)
+        return writes + reads * read
+
+    free = range(1, n - tail + 1)
+    choices = itertools.chain.from_iterable(
+        itertools.combinations(free, k) for k in range(min(many, len(free)) + 1)
+    )
+    (marks,) = kept.places([n], many, tail)
+    assert cost(marks) <= min(map(cost, choices)) + 1e-9
+
+
+def test_kept_matrices_take_at_most_half_of_h():
+    for batch, length, d, dtype in ((1, 8192, 1024, torch.float32), (4, 4096, 2560, torch.bfloat16)):
+        h, w0 = torch.empty(batch, length, 8, dtype=dtype), torch.empty(d, 8, dtype=dtype)
+        made = kept.room(h, w0, 256)
+        assert made.dtype == torch.float32
+        assert 0 < made.numel() * 4 <= h.numel() * dtype.itemsize / 2 < (len(made) + 1) * d * 8 * 4
+    assert len(kept.room(torch.empty(1, 4096, 8), torch.empty(4, 8), 1024)) == 4  # no more than chunks
+
+
+@pytest.mark.parametrize("tail", [1, 2, 3])
+@pytest.mark.parametrize("many", [0, 1, 2, 5, 40])
+@pytest.mark.parametrize("starts", [(), (3, 21), (38,), (1, 2, 3)])
+def test_gradients_are_those_of_the_reference(monkeypatch, starts, many, tail):
+    """Whatever is kept, and nothing is read of what the forward left empty."""
+    monkeypatch.setattr(scan, "tail_chunks", lambda *_: tail)
+    used = []
+
+    def room(h, w0, chunk):
+        made = h.new_full((many, *w0.shape), float("nan"))
+        used.append(made)
+        return made
+
+    monkeypatch.setattr(kept, "room", room)
+    length = 43
+    h, t, w0, conv, proj, bias = (x[:1] if x.dim() == 3 and len(x) == 3 else x for x in problem(length))
+    given = [x.detach().requires_grad_() for x in (h, t, w0, conv, proj, bias)]
+    h, t, w0, conv, proj, bias = given
+    pos = packed(length, starts)
+    weights = torch.randn(1, length, len(w0), dtype=torch.float64)
+    v = torch.ops.ttt.chunk_project(torch.ops.ttt.chunk_conv(t, conv * LR, pos, C), proj, pos, C)
+    y = torch.ops.ttt.chunk_scan(h, v, w0, bias, pos, C)
+    ours = torch.autograd.grad(y, given, weights)
+    exact = reference.batched(h, t, w0, conv, proj, LR, C, pos, bias)
+    plain = torch.autograd.grad(exact, given, weights)
+    assert relative_error(y, exact) < FP64
+    for name, a, b in zip(("h", "t", "w0", "conv", "proj", "bias"), ours, plain, strict=True):
+        assert relative_error(a, b) < FP64, name
+    chunks = [-(-(b - a) // C) for a, b in itertools.pairwise([0, *sorted(starts), length])]
+    filled = sum(not bool(x.isnan().any()) for x in used[0])
+    assert filled == sum(map(len, kept.places(chunks, many, tail)))
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.7])
+@pytest.mark.parametrize("bad", [None, 12])
+def test_kept_under_decay_and_with_a_chunk_that_is_skipped(decay, bad):
+    h, _, w0, *_ = problem(41)
+    v, dy = torch.randn(2, 3, 41, len(w0), dtype=torch.float64) * 0.1
+    if bad is not None:
+        v[1, bad] = float("nan")
+    rule = (None, C, decay, "skip")
+    room = w0.new_full((9, *w0.shape), float("nan"))
+    y = scan.chunk_scan(h, v, w0, None, *rule, kept=room)
+    assert torch.equal(y, scan.chunk_scan(h, v, w0, None, *rule))
+    assert not room.isnan().any()
+    ours = scan.chunk_scan_backward(dy, h, v, w0, *rule, kept=room)
+    plain = scan.chunk_scan_backward(dy, h, v, w0, *rule)
+    for a, b in zip(ours, plain, strict=True):
+        assert relative_error(a, b) < FP64
+
+
+def test_nothing_is_written_so_what_is_kept_is_w0():
+    """An adapter that was not trained yet: v is zero, and no chunk is read on its own."""
+    h, _, w0, *_ = problem(41)
+    zeros = torch.zeros(3, 41, len(w0), dtype=torch.float64)
+    room = w0.new_full((4, *w0.shape), float("nan"))
+    scan.chunk_scan(h, zeros, w0, None, None, C, kept=room)
+    assert torch.equal(room, w0.expand_as(room))
+
+
+def layer(h, v, w0):
+    return torch.ops.ttt.chunk_scan(h, v, w0, None, None, C)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "inductor"])
+def test_only_a_recorded_call_keeps(monkeypatch, compiled):
+    made = []
+    plain = kept.room
+    monkeypatch.setattr(kept, "room", lambda *args: made.append(plain(*args)) or made[-1])
+    h, _, w0, *_ = problem(41)
+    v = torch.randn(3, 41, len(w0), dtype=torch.float64)
+    with torch._inductor.config.patch(force_disable_caches=True):
+        run = torch.compile(layer, fullgraph=True) if compiled else layer
+        with torch.no_grad():
+            run(h, v, w0.requires_grad_())
+        run(h, v, w0.detach())
+        assert not made
+        run(h, v, w0).sum().backward()
+        assert made
+
+
+def test_a_compiled_training_step_keeps_for_any_length():
+    counter = CompileCounterWithBackend("inductor")
+    with torch._inductor.config.patch(force_disable_caches=True):
+        run = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
+        for length in (41, 26, 17, 3):
+            h, _, w0, *_ = problem(length)
+            v = torch.randn(3, length, len(w0), dtype=torch.float64)
+            given = [x.detach().requires_grad_() for x in (h, v, w0)]
+            ours = torch.autograd.grad(run(*given).square().sum(), given)
+            plain = torch.autograd.grad(layer(*given).square().sum(), given)
+            for a, b in zip(ours, plain, strict=True):
+                assert relative_error(a, b) < FP64
+            # Room for no matrix at all is a graph of its own.
+            assert counter.frame_count == (2 if length == 3 else 1)

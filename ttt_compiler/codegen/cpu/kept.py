@@ -1,0 +1,79 @@
+"""Which fast matrices a training forward keeps, so that the backward computes fewer of them again.
+
+The backward applies every chunk's W to dy. From W0 alone that takes as many writes as the forward made. With
+K of them kept, it begins K + 1 times, and the last chunks of each stretch read each other instead of a
+written matrix (:func:`ttt_compiler.codegen.cpu.scan.tail_chunks`). May be changed here: how much is kept, and
+where.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ttt_compiler.spec import state_dtype
+
+# Kept matrices take at most this part of h, which is kept until the backward in any case: memory that grows
+# with the text as all else does, and not with the number of chunks.
+_PART_OF_H = 2
+
+
+def count(batch: Any, length: Any, chunk: int, d_model: Any, dtype: torch.dtype) -> Any:
+    """K for operands of ``dtype``; sizes may be symbols. 0 where h is too small for a matrix."""
+    fits = batch * length * dtype.itemsize // (_PART_OF_H * d_model * state_dtype(dtype).itemsize)
+    # A plain min would decide for one text's length.
+    return torch.sym_min(fits, batch * (length // chunk))
+
+
+def room(h: Tensor, w0: Tensor, chunk: int) -> Tensor:
+    """An empty ``[K, D, F]`` in the state's dtype: h ``[B, T, F]``, w0 ``[D, F]``."""
+    batch, length, _ = h.shape
+    many = count(batch, length, chunk, w0.shape[0], h.dtype)
+    return h.new_empty((many, *w0.shape), dtype=state_dtype(h.dtype))
+
+
+def places(chunks: Sequence[int], kept: int, tail: int) -> list[list[int]]:
+    """Before which chunks of each document W is kept: never before the first, whose W is W0.
+
+    Args:
+        chunks: chunks of each document.
+        kept: K.
+        tail: how many last chunks read each other, so that no W is written between them.
+
+    Returns:
+        Per document ascending indices, K or fewer in all.
+    """
+    parts = [1] * len(chunks)
+    for _ in range(kept):
+        # A document of n chunks has n - tail places.
+        free = [i for i, n in enumerate(chunks) if parts[i] <= n - tail]
+        if not free:
+            break
+        # The cost of a stretch is convex in its length: the longest one is worth most to divide.
+        parts[max(free, key=lambda i: chunks[i] / parts[i])] += 1
+    return [_borders(n, many, tail) for n, many in zip(chunks, parts, strict=True)]
+
+
+def _borders(chunks: int, parts: int, tail: int) -> list[int]:
+    """Stretches as even as they can be, the last one of at least ``tail`` chunks."""
+    if chunks < parts * tail and parts > 1:
+        chunks, parts = chunks - tail, parts - 1
+        return [i * chunks // parts for i in range(1, parts + 1)]
+    return [i * chunks // parts for i in range(1, parts)]
+
+
+def stretches(chunks: int, marks: Sequence[int], tail: int) -> tuple[int, int]:
+    """What W of every chunk of a document takes: writes, and reads of one unwritten chunk by another.
+
+    A write is ``2 C D F`` FLOPs, a read ``2 C^2 (D + F)``.
+    """
+    writes = reads = 0
+    for start, stop in itertools.pairwise((0, *marks, chunks)):
+        last = min(stop - start, tail)
+        writes += stop - start - last
+        reads += last * (last - 1) // 2
+    return writes, reads
