@@ -1,22 +1,44 @@
 // v of a few tokens, turned: at the speed of reading P, in the order in which it lies.
 namespace {
 
-// Tokens and columns whose sums are in registers; rows of P that are asked for ahead, since they lie far apart.
+// Tokens and columns whose sums are in registers. Rows of P and of the tokens lie far apart: so many are asked for
+// ahead, so many are packed at once, which stay in the cache, and so many pieces of P's.
 constexpr int kFew = 8, kWide = 32;
-constexpr int64_t kAhead = 12;
+constexpr int64_t kAhead = 12, kAtOnce = 128, kPieces = 2;
 
-// out[j * stride + i] = sum_k x[k][i] panel[k][j] of kFew tokens, of which n are there, and m columns.
-template <typename T, typename A>
-void few(const A* x, const A* panel, T* out, int64_t depth, int64_t stride, int n, int m) {
-  A sum[kFew][kWide] = {};
-  for (int64_t k = 0; k < depth; ++k)
+// sums[i][j] += sum_k x[k][i] panel[k][j], k below ``deep``.
+template <typename A>
+void few(const A* x, const A* panel, A* sums, int64_t deep) {
+  A sum[kFew][kWide];
+  for (int i = 0; i < kFew; ++i)
+#pragma omp simd
+    for (int j = 0; j < kWide; ++j) sum[i][j] = sums[i * kWide + j];
+  for (int64_t k = 0; k < deep; ++k)
     for (int i = 0; i < kFew; ++i) {
       const A one = x[k * kFew + i];
 #pragma omp simd
       for (int j = 0; j < kWide; ++j) sum[i][j] += one * panel[k * kWide + j];
     }
-  for (int j = 0; j < m; ++j)
-    for (int i = 0; i < n; ++i) narrow(out[j * stride + i], sum[i][j]);
+  for (int i = 0; i < kFew; ++i)
+#pragma omp simd
+    for (int j = 0; j < kWide; ++j) sums[i * kWide + j] = sum[i][j];
+}
+
+// ``deep`` rows of ``count`` numbers that lie ``apart``, in pieces of W: row k of piece g is at
+// to[(g * kAtOnce + k) * W]. The last piece is filled up with zeros.
+template <int W, typename T, typename A>
+void pack(const T* from, int64_t apart, A* to, int64_t deep, int64_t count) {
+  for (int64_t k = 0; k < deep; ++k) {
+    const T* row = from + k * apart;
+    for (int64_t c = 0; c < count; c += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + kAhead * apart + c);
+    A* piece = to + k * W;
+    int64_t c = 0;
+    for (; c + W <= count; c += W, piece += kAtOnce * W)
+#pragma omp simd
+      for (int j = 0; j < W; ++j) piece[j] = widen(row[c + j]);
+    if (c < count)
+      for (int j = 0; j < W; ++j) piece[j] = c + j < count ? A(widen(row[c + j])) : A(0);
+  }
 }
 
 // out [columns, count] of rows ``stride`` apart = (x^T p)^T, x [depth, count] of rows ``apart`` apart,
@@ -29,36 +51,30 @@ void project(const T* x, int64_t apart, const T* p, T* out, int64_t count, int64
         project_pairs(x, apart, p, out, count, depth, columns, stride, from, to, threads))
       return;
   const int64_t bunches = (count + kFew - 1) / kFew, tiles = (to - from + kWide - 1) / kWide;
-  static thread_local std::vector<A> bunched;
-  bunched.resize(bunches * depth * kFew);
-  A* tokens = bunched.data();
-  for (int64_t k = 0; k < depth; ++k) {
-    const T* row = x + k * apart;
-    if (k + kAhead < depth) __builtin_prefetch(row + kAhead * apart);
-    for (int64_t i = 0; i < count; ++i) tokens[(i / kFew * depth + k) * kFew + i % kFew] = widen(row[i]);
-    for (int64_t i = count; i < bunches * kFew; ++i) tokens[(i / kFew * depth + k) * kFew + i % kFew] = 0;
-  }
+  const int64_t share = (tiles + threads - 1) / threads * kWide;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
-  for (int64_t tile = 0; tile < tiles; ++tile) {
-    const int64_t c = from + tile * kWide;
-    const int m = int(std::min<int64_t>(kWide, to - c));
-    static thread_local std::vector<A> held;
-    held.resize(depth * kWide);
-    A* panel = held.data();
-    for (int64_t k = 0; k < depth; ++k) {
-      const T* row = p + k * columns + c;
-      if (k + kAhead < depth)
-        for (int j = 0; j < m; j += 64 / int(sizeof(T))) __builtin_prefetch(row + kAhead * columns + j);
-      if (m == kWide) {
-#pragma omp simd
-        for (int j = 0; j < kWide; ++j) panel[k * kWide + j] = widen(row[j]);
-      } else {
-        for (int j = 0; j < kWide; ++j) panel[k * kWide + j] = j < m ? A(widen(row[j])) : A(0);
+  for (int64_t part = 0; part < threads; ++part) {
+    const int64_t first = from + part * share, last = std::min(to, first + share);
+    static thread_local std::vector<A> tokens, panels, sums;
+    tokens.resize(bunches * kAtOnce * kFew);
+    panels.resize(kPieces * kAtOnce * kWide);
+    sums.assign(share * bunches * kFew, A(0));
+    for (int64_t k = 0; k < depth && first < last; k += kAtOnce) {
+      const int64_t deep = std::min(kAtOnce, depth - k);
+      pack<kFew>(x + k * apart, apart, tokens.data(), deep, count);
+      A* sum = sums.data();
+      for (int64_t c = first; c < last; c += kPieces * kWide) {
+        const int64_t width = std::min(kPieces * kWide, last - c);
+        pack<kWide>(p + k * columns + c, columns, panels.data(), deep, width);
+        for (int64_t j = 0; j < width; j += kWide)
+          for (int64_t i = 0; i < bunches; ++i, sum += kFew * kWide)
+            few(tokens.data() + i * kAtOnce * kFew, panels.data() + j * kAtOnce, sum, deep);
       }
     }
-    for (int64_t i = 0; i < bunches; ++i)
-      few(tokens + i * depth * kFew, panel, out + c * stride + i * kFew, depth, stride,
-          int(std::min<int64_t>(kFew, count - i * kFew)), m);
+    for (int64_t c = first; c < last; ++c) {
+      const A* of_column = sums.data() + (c - first) / kWide * bunches * kFew * kWide + (c - first) % kWide;
+      for (int64_t i = 0; i < count; ++i) narrow(out[c * stride + i], of_column[i * kWide]);
+    }
   }
 }
 
