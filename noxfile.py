@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import nox
 
 nox.options.default_venv_backend = "none"
@@ -31,6 +33,34 @@ def tests(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """The benchmarks, tiny: are they right, and does memory stay what it should be; no time is looked at."""
     session.run("python", "-m", "pytest", "bench/suite", "--ci", "-q", "-r", "f", *session.posargs)
+
+
+# Neither of the two below is a part of CI. A shorter count under valgrind takes as long: nearly all of its
+# five minutes is the start of processes that import torch; perf, which takes seconds, counts on few machines.
+
+
+@nox.session
+def instructions(session: nox.Session) -> None:
+    """Instructions of a decode step on the host; says what to install where nothing counts them."""
+    session.run("python", "-m", "bench.instructions", *session.posargs)
+
+
+@nox.session
+def page(session: nox.Session) -> None:
+    """docs/benchmarks.md and its pictures anew: of the record, with files given here put into it before.
+
+    ``--unclean`` among them: also of trees with changes.
+    """
+    unclean = [x for x in session.posargs if x == "--unclean"]
+    record, pictures = Path("bench/results/cpu"), Path("docs/benchmarks")
+    if files := [x for x in session.posargs if x not in unclean]:
+        session.run("python", "-m", "bench.report", *files, "--keep", str(record), *unclean)
+    for old in pictures.glob("*.svg"):
+        old.unlink()
+    kept = sorted(map(str, record.glob("*.json")))
+    session.run("python", "-m", "bench.plots", *kept, "--out", str(pictures))
+    # Behind the pictures, since it links those that are there.
+    session.run("python", "-m", "bench.report", *kept, "--markdown", f"{pictures}.md", *unclean)
 
 
 @nox.session

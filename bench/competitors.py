@@ -6,8 +6,10 @@ same function; :meth:`bench.layer.Layer.gate` says whether they do.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,13 +17,11 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 import ttt_compiler.codegen.lowering  # noqa: F401
-from bench.layer import LR, Layer
+from bench.layer import KEY, LR, Layer, Leaving, fresh_state
 from ttt_compiler.codegen import ops  # noqa: F401
 from ttt_compiler.codegen.cpu import gemm
 from ttt_compiler.codegen.cpu.native.products import multiply
 from ttt_compiler.compat.processor import product_dtype
-from ttt_compiler.runtime.state import FastWeightState
-from ttt_compiler.spec import SiteSpec
 
 Run = Callable[[], Tensor]
 Product = Callable[[Tensor, Tensor], Tensor]
@@ -55,6 +55,25 @@ def stacked(
     return product(hc, weights.transpose(2, 3)).reshape(batch, length + short, -1)[:, :length]
 
 
+def one_chunk(
+    w: Tensor,
+    h: Tensor,
+    t: Tensor,
+    conv: Tensor,
+    proj: Tensor,
+    lr: float,
+    chunk: int,
+    product: Product = torch.matmul,
+) -> tuple[Tensor, Tensor]:
+    """A chunk's part of the official inference loop: its output, and the weight that comes after."""
+    y = product(h, w.t())
+    if h.shape[1] == chunk:
+        width = t.shape[-1]
+        taps = functional.conv1d(t.transpose(1, 2), conv, padding=conv.shape[-1] // 2, groups=width)
+        w = w + lr * product(product(taps.transpose(1, 2)[0], proj).t(), h[0])
+    return y, w
+
+
 def loop(
     h: Tensor,
     t: Tensor,
@@ -64,16 +83,14 @@ def loop(
     lr: float,
     chunk: int,
     product: Product = torch.matmul,
+    body: Callable[..., tuple[Tensor, Tensor]] = one_chunk,
 ) -> tuple[Tensor, Tensor]:
     """The official inference loop of one sequence: its output, and the weight that comes after."""
     w, out = w0.clone(), []
     for start in range(0, h.shape[1], chunk):
         part, keys = t[:, start : start + chunk], h[:, start : start + chunk]
-        out.append(product(keys, w.t()))
-        if keys.shape[1] == chunk:
-            width = part.shape[-1]
-            taps = functional.conv1d(part.transpose(1, 2), conv, padding=conv.shape[-1] // 2, groups=width)
-            w = w + lr * product(product(taps.transpose(1, 2)[0], proj).t(), keys[0])
+        y, w = body(w, keys, part, conv, proj, lr, chunk, product)
+        out.append(y)
     return torch.cat(out, 1), w
 
 
@@ -83,6 +100,23 @@ def same_library(x: Tensor, y: Tensor) -> Tensor:
     for i in itertools.product(*map(range, x.shape[:-2])):
         gemm.product(x[i], y[i[: y.dim() - 2]], out[i])
     return out
+
+
+class _SameLibrary(torch.autograd.Function):
+    """:func:`same_library` that can be differentiated; y has x's leading dimensions, or none."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        ctx.save_for_backward(x, y)
+        return same_library(x, y)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+        x, y = ctx.saved_tensors
+        of_x = same_library(g, y.transpose(-1, -2))
+        if y.dim() == 2:
+            x, g = x.flatten(0, -2), g.flatten(0, -2)
+        return of_x, same_library(x.transpose(-1, -2), g)
 
 
 def rewritten(h: Tensor, t: Tensor, w0: Tensor, conv: Tensor, proj: Tensor, lr: float, chunk: int) -> Tensor:
@@ -107,15 +141,21 @@ def libraries(layer: Layer) -> dict[str, Run]:
     shape = layer.shape
     flat = layer.h.view(-1, shape.f)
     out = torch.empty(len(flat), shape.d, dtype=layer.dtype)
+
+    def onednn() -> Tensor:
+        assert multiply(flat, layer.w0.t(), out), "oneDNN does not take this product any more: no timing"
+        return out
+
     found: dict[str, Run] = {"torch.mm": lambda: torch.mm(flat, layer.w0.t(), out=out)}
     if layer.dtype == torch.float32 and multiply(flat, layer.w0.t(), out):
-        found["oneDNN"] = lambda: multiply(flat, layer.w0.t(), out)
+        found["oneDNN"] = onednn
     return found
 
 
 def products(layer: Layer, *, state: bool) -> dict[str, Run]:
-    """The recurrent form's products and nothing else: one thread's limit for shapes of C rows.
+    """The plain recurrent form's products and nothing else: what is around them costs the rest.
 
+    No limit: a form with fewer FLOPs, or in another library's order of operands, is faster than these calls.
     In fp32, widened beforehand, where the processor has no unit for the dtype; into buffers that exist.
     ``state``: whether the last complete chunk is written too.
     """
@@ -150,7 +190,8 @@ def forward(layer: Layer) -> dict[str, Run]:
         "ours": lambda: ours(*args),
         "official training form": lambda: stacked(*args),
         "official training form, compiled": lambda: all_at_once(*args),
-        "official inference loop": _by_row(loop, args),
+        "official inference loop": looping(layer),
+        "official inference loop, compiled": _by_row(compiled(loop), args),
     }
     if other_library(layer):
         found["official training form, our library"] = lambda: stacked(*args, same_library)
@@ -163,26 +204,35 @@ def other_library(layer: Layer) -> bool:
     return layer.dtype == torch.float32 and gemm.is_amd() and rows >= gemm.ONEDNN_MIN_ROWS
 
 
-def prefill(layer: Layer) -> dict[str, Run]:
+def prefill(layer: Layer) -> dict[str, Leaving]:
     """With the state that comes after: what serving runs on a prompt."""
     args = (layer.h, layer.t, layer.w0, layer.conv, layer.proj, LR, layer.shape.chunk)
-    by_chunk = compiled(loop)
     found = {
         "ours": running(layer),
-        "official inference loop": _by_row(loop, args),
-        "official inference loop, compiled": _by_row(by_chunk, args),
+        "official inference loop": looping(layer),
+        "official inference loop, compiled": _by_row(compiled(loop), args),
     }
     if other_library(layer):
         found["official inference loop, our library"] = _by_row(loop, (*args, same_library))
     return found
 
 
-def running(layer: Layer) -> Run:
+def looping(layer: Layer) -> Leaving:
+    """The official inference loop, as it is published."""
+    return _by_row(loop, (layer.h, layer.t, layer.w0, layer.conv, layer.proj, LR, layer.shape.chunk))
+
+
+def by_compiled_chunks(layer: Layer) -> Leaving:
+    """The official inference loop whose body is compiled: however long the text, that takes as long."""
+    args = (layer.h, layer.t, layer.w0, layer.conv, layer.proj, LR, layer.shape.chunk)
+    return _by_row(functools.partial(loop, body=compiled(one_chunk)), args)
+
+
+def running(layer: Layer) -> Leaving:
     """The op of a running sequence, from a fresh state each time."""
     s = layer.shape
-    spec = SiteSpec("w", s.d, s.f, s.d, s.chunk, LR, "hidden_states", True, 5, "m")
-    state = FastWeightState.zeros([spec], s.batch, layer.dtype, torch.device("cpu"))
-    site, constants = state.sites["w"], spec.encode()
+    state = fresh_state(s.d, s.f, s.chunk, s.batch, layer.dtype)
+    site, constants = state.sites[KEY], state.specs[0].encode()
     fresh = site.rows.clone()
 
     def run() -> Tensor:
@@ -191,12 +241,15 @@ def running(layer: Layer) -> Run:
             *(layer.h, layer.t, layer.w0, None, layer.conv, layer.proj, None, constants, *site, state.batch)
         )
 
-    return run
+    def weights() -> Tensor:
+        state.finish_writes(lambda _: layer.w0)
+        return torch.stack([state.matrix(KEY, b, layer.w0) for b in range(s.batch)])
+
+    return Leaving(run, weights)
 
 
 def training(layer: Layer) -> dict[str, Callable[[], object]]:
-    """Forward and backward, gradients of all operands."""
-    ours = compiled(rewritten)
+    """Forward and backward, gradients of all operands; the static product's are none of the same function."""
 
     def saved(*args: Tensor) -> Tensor:
         return checkpoint(stacked, *args, use_reentrant=False)
@@ -204,12 +257,16 @@ def training(layer: Layer) -> dict[str, Callable[[], object]]:
     def linear(h: Tensor, t: Tensor, w0: Tensor, *_: object) -> Tensor:
         return functional.linear(h, w0)
 
-    return {
-        "static": lambda: gradients(linear, layer),
-        "ours": lambda: gradients(ours, layer),
-        "official training form": lambda: gradients(stacked, layer),
-        "official training form, checkpointed": lambda: gradients(saved, layer),
+    forms = {
+        "static": linear,
+        "ours": compiled(rewritten),
+        "official training form": stacked,
+        "official training form, compiled": compiled(stacked),
+        "official training form, checkpointed": saved,
     }
+    if other_library(layer):
+        forms["official training form, our library"] = functools.partial(stacked, product=_SameLibrary.apply)
+    return {name: functools.partial(gradients, form, layer) for name, form in forms.items()}
 
 
 def gradients(fn: Callable[..., Tensor], layer: Layer) -> list[Tensor | None]:
@@ -221,9 +278,20 @@ def gradients(fn: Callable[..., Tensor], layer: Layer) -> list[Tensor | None]:
     return [x.grad for x in tensors]
 
 
-def _by_row(fn: Callable[..., Tensor], args: tuple) -> Run:
+def _by_row(fn: Callable[..., tuple[Tensor, Tensor]], args: tuple) -> Leaving:
+    """The loop takes one sequence: a batch is read one by one."""
     h, t, *rest = args
-    if len(h) == 1:
-        return lambda: fn(*args)[0]
     rows = [(h[b : b + 1], t[b : b + 1]) for b in range(len(h))]
-    return lambda: torch.cat([fn(*row, *rest)[0] for row in rows])
+    left: list[Tensor] = []
+
+    def run() -> Tensor:
+        out, after = [], []
+        for row in rows:
+            y, w = fn(*row, *rest)
+            out.append(y)
+            after.append(w)
+        # What the call before has left is given up last, so that it hides nothing of this call's memory.
+        left[:] = after
+        return out[0] if len(out) == 1 else torch.cat(out)
+
+    return Leaving(run, lambda: torch.stack(left))

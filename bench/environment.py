@@ -1,6 +1,8 @@
 """Everything that a figure depends on, beside the code: recorded with each of them.
 
-python -m bench.environment python -m bench.decode     # any command, with the tuned allocator
+python -m bench.environment python -m pytest bench/suite     # any command, with the tuned allocator
+
+May be changed here: what is recorded.
 """
 
 from __future__ import annotations
@@ -16,6 +18,11 @@ from typing import Any
 
 import torch
 
+from ttt_compiler.codegen.cpu import native
+from ttt_compiler.codegen.cpu.native.blocks import there_are_blocks
+from ttt_compiler.codegen.cpu.native.products import multiply
+from ttt_compiler.compat.processor import cpp_compiler, product_dtype
+
 # glibc: keep large blocks instead of giving them back, so that fresh tensors cost no page faults.
 TUNED_ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
@@ -26,7 +33,7 @@ _PACKAGES = ("torch", "triton", "transformers", "numpy")
 
 
 def environment() -> dict[str, Any]:
-    """Processor, threads, allocator, versions, commit and time."""
+    """Processor, threads, allocator, versions, which code was measured on it, commit and time."""
     commit = _output("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD")
     dirty = _output("git", "-C", str(Path(__file__).parent), "status", "--porcelain", "--untracked-files=no")
     return {
@@ -37,9 +44,37 @@ def environment() -> dict[str, Any]:
         "allocator": "tuned" if tuned_allocator() else "default",
         "python": platform.python_version(),
         **{name: _version(name) for name in _PACKAGES},
+        **fast_paths(),
         "commit": commit + ("+changes" if dirty else ""),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def fast_paths() -> dict[str, Any]:
+    """What a layer is made of here: without a compiler or torch's own products it is right, and slow."""
+    dtypes = (torch.float32, torch.bfloat16)
+    return {
+        "compiler": _compiler(),
+        "C++ loops": native.is_used() and native.library() is not None,
+        "products by oneDNN": [_name(dtype) for dtype in dtypes if _onednn_takes(dtype)],
+        "products of blocks": [_name(dtype) for dtype in dtypes if there_are_blocks(dtype)],
+        "products of bfloat16": f"in {_name(product_dtype(torch.bfloat16))}",
+    }
+
+
+def _onednn_takes(dtype: torch.dtype) -> bool:
+    """By a product that is as small as it can be."""
+    return multiply(*(torch.ones(2, 2, dtype=dtype) for _ in range(3)))
+
+
+def _compiler() -> str | None:
+    """Name and version, by its own words."""
+    command = cpp_compiler()
+    return None if command is None else next(iter(_output(command, "--version").splitlines()), command)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def tuned_allocator() -> bool:

@@ -25,12 +25,10 @@ import torch
 from torch._inductor import config
 
 from bench.environment import environment
-from bench.layer import LR
+from bench.layer import KEY, fresh_state
 from ttt_compiler.codegen import ops  # noqa: F401  (registers the ops)
 from ttt_compiler.codegen.layout import DONE, SEEN, WRITES
 from ttt_compiler.errors import TTTError
-from ttt_compiler.runtime.state import FastWeightState
-from ttt_compiler.spec import SiteSpec
 
 SIZE, CHUNK, BATCHES = 8, 4096, (1, 4)
 _PERF = ("perf", "stat", "-x", ",", "-e", "instructions:u")
@@ -73,14 +71,16 @@ def count(tool: tuple[str, ...], batch: int, steps: int) -> int:
 
 @torch.no_grad()
 def run(batch: int, steps: int) -> None:
-    """What is counted: single tokens after one written chunk; none of them ends the next."""
+    """What is counted: single tokens after one written chunk; none of them ends the next.
+
+    Each makes its share of the next chunk's v, as in a session.
+    """
     assert steps < CHUNK, f"{steps} steps reach the end of a chunk"
     torch.set_num_threads(1)
     if platform.machine() == "x86_64":
         config.cpp.march, config.cpp.simdlen = "haswell", 256
-    spec = SiteSpec("w", SIZE, SIZE, SIZE, CHUNK, LR, "hidden_states", True, 5, "m")
-    state = FastWeightState.zeros([spec], batch, torch.float32, torch.device("cpu"))
-    site, constants = state.sites["w"], spec.encode()
+    state = fresh_state(SIZE, SIZE, CHUNK, batch, torch.float32)
+    site, constants = state.sites[KEY], state.specs[0].encode()
     torch.manual_seed(0)
     # One chunk was written: by hand, that the run is short.
     site.w.normal_()

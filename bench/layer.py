@@ -1,4 +1,7 @@
-"""One fast-weight layer as a benchmark sees it: operands, arithmetic, and the gate before any number."""
+"""One fast-weight layer as a benchmark sees it: operands, arithmetic, and the gate before any number.
+
+May be changed here: operands, what counts as the least FLOPs, bounds of the gate.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,18 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ttt_compiler.codegen import reference
+from ttt_compiler.codegen.cpu.kept import places, stretches
 from ttt_compiler.codegen.cpu.scan import tail_chunks
+from ttt_compiler.runtime.state import FastWeightState
+from ttt_compiler.runtime.tables import has_room_to_spread
+from ttt_compiler.spec import SiteSpec
 
 LR = 0.3
+# The only site of a layer's state.
+KEY = "w"
 # The gate: error against fp64 relative to the largest output. A bf16 result may err as plain torch does.
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 # Tokens that are held against fp64; all of them are held against each other.
@@ -60,12 +70,57 @@ class Shape:
         return flops - 2.0 * self.batch * saved
 
     def training_flops(self) -> float:
-        """Of forward and backward, with every chunk's W computed again: 7 + 3 D/F static projections."""
-        complete = self.tokens // self.chunk
-        nu = (max(complete - 1, 0) if self.tokens % self.chunk == 0 else complete) * self.chunk / self.tokens
-        unit = self.static_flops
-        # Forward apply and dh, dW0's share are there for every token; the others for written chunks.
-        return unit * (3 + 4 * nu) + 3 * nu * unit * self.d / self.f
+        """Of forward and backward, with every chunk's W kept between them: the least of any form.
+
+        Apply, dh and dW0's share are there for every token; write, v and their gradients for written chunks.
+        Reads of last chunks by each other are counted for the forward alone.
+        """
+        unit, nu = self.static_flops, self.written(state=False) * self.chunk / self.tokens
+        return self.forward_flops(state=False) + unit * (2 + 2 * nu) + 2 * nu * unit * self.d / self.f
+
+    def training_flops_in_memory(self, kept: int) -> float:
+        """The same for a form that keeps so many matrices, of all rows, and computes the others again.
+
+        It begins at every kept one; the last chunks before the next one read each other where that is less.
+        """
+        chunks, rest = -(-self.tokens // self.chunk), self.tokens % self.chunk or self.chunk
+        tail, again = tail_chunks(self.chunk, self.d, self.f), 0.0
+        for marks in places([chunks] * self.batch, kept, tail):
+            writes, reads = stretches(chunks, marks, tail)
+            # An incomplete last chunk reads with fewer rows.
+            last = min(chunks - max(marks, default=0), tail)
+            rows = reads * self.chunk - (last - 1) * (self.chunk - rest)
+            again += 2.0 * self.chunk * (writes * self.d * self.f + rows * (self.d + self.f))
+        return self.training_flops() + again
+
+
+@dataclass(frozen=True)
+class Leaving:
+    """What reads a prompt, and W ``[B, D, F]`` that its last call left behind: read when no time is taken."""
+
+    run: Callable[[], Tensor]
+    weights: Callable[[], Tensor]
+
+    def __call__(self) -> Tensor:
+        return self.run()
+
+
+def fresh_state(d: int, f: int, chunk: int, batch: int, dtype: torch.dtype) -> FastWeightState:
+    """State of a layer of ``batch`` sequences that have not begun, laid out as sessions have it on CPU."""
+    spec = SiteSpec(KEY, d, f, d, chunk, LR, "hidden_states", True, 5, "m")
+    device = torch.device("cpu")
+    return FastWeightState.zeros([spec], batch, dtype, device, spread=has_room_to_spread(device, 0))
+
+
+def held(what: str, got: Tensor, want: Tensor, bound: float) -> float:
+    """Largest difference by the largest number.
+
+    Raises:
+        AssertionError: it is beyond its bound, or no number.
+    """
+    error = float((got.double() - want).abs().max() / want.abs().max())
+    assert error <= bound, f"{what}: error {error:.1e}, no timing"
+    return error
 
 
 class Layer:
@@ -89,26 +144,61 @@ class Layer:
     def gate(self, results: dict[str, Callable[[], Tensor]]) -> dict[str, float]:
         """No number from a wrong result: errors against fp64, and at full length against the first.
 
+        What is :class:`Leaving` is also held by the W that it leaves: of the first row against fp64 over the
+        whole text, of all rows against the first one's.
+
         Raises:
             AssertionError: one is beyond its bound.
         """
         shape, bound = self.shape, BOUNDS[self.dtype]
-        length = min(shape.tokens, _EXACT_CHUNKS * shape.chunk + shape.chunk // 2)
+        length = self._exact_length
         wide = [x.double() for x in (self.h[0, :length], self.t[0, :length], self.w0, self.conv, self.proj)]
         exact = reference.chunked(*wide, lr=LR, chunk=shape.chunk)[0]
+        leaving = any(isinstance(run, Leaving) for run in results.values())
+        exact_w = self._exact_weight() if leaving else None
         errors: dict[str, float] = {}
         first: Tensor | None = None
+        first_w: Tensor | None = None
         with torch.no_grad():
             for name, run in results.items():
-                y = run().double()
+                y, said = run().double(), f"{name}, {shape}"
                 assert y.shape == (shape.batch, shape.tokens, shape.d), f"{name}: {tuple(y.shape)}"
                 first = y if first is None else first
-                error = (y[0, :length] - exact).abs().max() / exact.abs().max()
-                apart = (y - first).abs().max() / first.abs().max()
-                errors[name] = float(error)
-                assert float(error) <= bound, f"{name}, {shape}: error {float(error):.1e}, no timing"
-                assert float(apart) <= 2 * bound, f"{name}, {shape}: {float(apart):.1e} apart, no timing"
+                errors[name] = held(said, y[0, :length], exact, bound)
+                held(f"{said}, against the first", y, first, 2 * bound)
+                if isinstance(run, Leaving):
+                    w = run.weights().double()
+                    assert w.shape == (shape.batch, shape.d, shape.f), f"{name}: W {tuple(w.shape)}"
+                    first_w = w if first_w is None else first_w
+                    errors[f"{name}: W"] = held(f"{said}, W", w[0], exact_w, bound)
+                    held(f"{said}, W against the first", w, first_w, 2 * bound)
         return errors
+
+    def gate_static(self, results: dict[str, Callable[[], Tensor]]) -> dict[str, float]:
+        """The same for the static product, on which floors stand: ``[B * T, D]``.
+
+        Raises:
+            AssertionError: one is beyond its bound.
+        """
+        length = self._exact_length
+        exact = functional.linear(self.h[0, :length].double(), self.w0.double())
+        return {
+            name: held(f"{name}, {self.shape}", run()[:length], exact, BOUNDS[self.dtype])
+            for name, run in results.items()
+        }
+
+    @property
+    def _exact_length(self) -> int:
+        return min(self.shape.tokens, _EXACT_CHUNKS * self.shape.chunk + self.shape.chunk // 2)
+
+    def _exact_weight(self) -> Tensor:
+        """W of the first row after the whole text, in fp64."""
+        w0, conv, proj = (x.double() for x in (self.w0, self.conv, self.proj))
+        w, chunk = w0.clone(), self.shape.chunk
+        for i in range(0, self.shape.tokens - chunk + 1, chunk):
+            h, t = (x[0, i : i + chunk].double() for x in (self.h, self.t))
+            w += reference.increment(t, h, w0, conv, proj, LR)
+        return w
 
     def gate_gradients(self, results: dict[str, Callable[[], list[Tensor | None]]]) -> dict[str, float]:
         """The same for gradients of h, t, w0, conv and proj, against the first competitor in fp64.
@@ -119,12 +209,9 @@ class Layer:
         bound, errors = 3 * BOUNDS[self.dtype], {}
         exact = self._exact_gradients()
         for name, run in results.items():
-            apart = 0.0
-            for got, want in zip(run(), exact, strict=True):
-                assert got is not None
-                apart = max(apart, float((got.double() - want).abs().max() / want.abs().max()))
-            errors[name] = apart
-            assert apart <= bound, f"{name}, {self.shape}: gradients {apart:.1e} apart, no timing"
+            said = f"{name}, {self.shape}, a gradient"
+            pairs = zip(run(), exact, strict=True)
+            errors[name] = max(held(said, got, want, bound) for got, want in pairs)
         return errors
 
     def _exact_gradients(self) -> list[Tensor]:

@@ -1,7 +1,7 @@
-"""Paired timing: competitors in one process, interleaved, medians and ratios.
+"""Paired timing: competitors in one process, in turns, medians and ratios; and memory of one call.
 
 Every callable runs once per round, in an order that changes; a ratio is taken within its round, so that a
-busy machine disturbs both sides alike.
+busy machine disturbs both sides alike. May be changed here: clocks, and what is said of many rounds.
 """
 
 from __future__ import annotations
@@ -10,22 +10,11 @@ import gc
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from ttt_compiler.codegen.cpu.gemm import release_workspaces
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Median seconds, and the ratio to the first competitor: median and quartiles over rounds."""
-
-    seconds: float
-    ratio: float
-    low: float
-    high: float
 
 
 def clock_of(threads: int) -> Callable[[], float]:
@@ -36,40 +25,27 @@ def clock_of(threads: int) -> Callable[[], float]:
 def one_round(
     competitors: Mapping[str, Callable[[], object]], clock: Callable[[], float], order: random.Random
 ) -> dict[str, float]:
-    """Seconds of one call of each, in a random order.
+    """Seconds of one call of each, in a random order, and no garbage collected meanwhile.
 
     Who runs after whom changes: one that finds its operands in the cache owes it to the one before.
     """
     taken = {}
-    for name in order.sample(list(competitors), len(competitors)):
-        start = clock()
-        competitors[name]()
-        taken[name] = clock() - start
+    gc.disable()
+    try:
+        for name in order.sample(list(competitors), len(competitors)):
+            start = clock()
+            competitors[name]()
+            taken[name] = clock() - start
+    finally:
+        gc.enable()
     return taken
 
 
-def paired(
-    competitors: dict[str, Callable[[], object]],
-    rounds: int,
-    clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, Timing]:
-    """Time all competitors; the first is the base of the ratios."""
-    names = list(competitors)
-    for name in names:
-        competitors[name]()
-    order = random.Random(0)
-    gc.disable()
-    try:
-        taken = [one_round(competitors, clock, order) for _ in range(rounds)]
-    finally:
-        gc.enable()
-    seconds = {name: [one[name] for one in taken] for name in names}
-    out = {}
-    for name in names:
-        ratios = sorted(a / b for a, b in zip(seconds[name], seconds[names[0]], strict=True))
-        low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        out[name] = Timing(statistics.median(seconds[name]), statistics.median(ratios), low, high)
-    return out
+def summary(taken: Sequence[float], base: Sequence[float]) -> dict[str, float]:
+    """Median seconds of rounds, and the ratio to those of ``base``: median and quartiles."""
+    ratios = [a / b for a, b in zip(taken, base, strict=True)]
+    low, _, high = statistics.quantiles(ratios * (2 if len(ratios) == 1 else 1), n=4, method="inclusive")
+    return {"seconds": statistics.median(taken), "ratio": statistics.median(ratios), "low": low, "high": high}
 
 
 def peak_bytes(fn: Callable[[], object]) -> int:

@@ -1,7 +1,7 @@
 """Whole models with random weights of a published model's shapes: static, ours, and the official algorithm.
 
-All share the slow weights. Logits are compiled for one length, decoding for any; the official algorithm is op
-by op, as it is published. May be changed here: which shapes there are.
+Logits and prompts are compiled for one length, decoding for any; the official algorithm is op by op, as it is
+published, and compiled too where that ends in time. May be changed here: which shapes there are.
 """
 
 from __future__ import annotations
@@ -16,13 +16,18 @@ from torch import Tensor, nn
 
 import ttt_compiler as ttt
 from bench.decode import CHUNK, LR, Decoder, OneByOne
-from bench.official import official, reset
+from bench.official import official, reset, running
 from ttt_compiler.architectures.presets import PRESETS
 from ttt_compiler.spec import CONV, PROJ
 
 # Norm of the error by the norm of the logits, of fp32. What bf16 costs the official algorithm is measured,
 # and ours may cost that times so much.
 BOUND, AS_BAD = 1e-3, 1.5
+# Of W in bf16, whose hidden rows come out of bf16 layers: by what was written.
+BOUND_W_NARROW = 0.1
+COMPILED = "official inference loop, compiled"
+# Chunks of a text up to which the official loop is compiled: it is unrolled.
+UNROLLED = 16
 # Tokens of a call of a decoder: so many steps, and no chunk ends in any round.
 STEPS = 8
 # Steps of which the one in the middle completes a chunk.
@@ -55,19 +60,20 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Which model, how many tokens T it reads, in which dtype, in chunks of C."""
+    """Which model, how many tokens T it reads, in which dtype, in chunks of C, B rows at once."""
 
     name: str
     tokens: int
     dtype: str = "float32"
     chunk: int = CHUNK
+    batch: int = 1
 
     def __str__(self) -> str:
-        return f"{self.name} T={self.tokens} C={self.chunk} {self.dtype}"
+        return f"{self.name} T={self.tokens} C={self.chunk} B={self.batch} {self.dtype}"
 
 
 class Models:
-    """One model three times, and a text for it; every sixth layer is fast."""
+    """One model as it is, compiled and not, ours, the official one, and texts; each sixth layer is fast."""
 
     @torch.no_grad()
     def __init__(self, shape: ModelShape) -> None:
@@ -76,9 +82,9 @@ class Models:
         config = AutoConfig.for_model(**CONFIGS[shape.name])
         torch.manual_seed(0)
         self.static: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-        shared = {id(p): p for p in self.static.parameters()}
+        self.eager = twin(self.static)
         self.fast: nn.Module = ttt.convert(
-            copy.deepcopy(self.static, shared), ttt.TTTConfig(layers="every:6", chunk_size=shape.chunk, lr=LR)
+            twin(self.static), ttt.TTTConfig(layers="every:6", chunk_size=shape.chunk, lr=LR)
         )
         for name, p in self.fast.named_parameters():
             if name.endswith((CONV, PROJ)):
@@ -86,7 +92,7 @@ class Models:
         layers = [int(s.key.split(".")[2]) for s in ttt.Session(self.fast).state.specs]
         self.published = official(self.fast, layers, shape.chunk, LR)
         g = torch.Generator().manual_seed(0)
-        self.ids = torch.randint(0, config.vocab_size, (1, shape.tokens), generator=g)
+        self.ids = torch.randint(0, config.vocab_size, (shape.batch, shape.tokens), generator=g)
         self.shape, self.dtype = shape, getattr(torch, shape.dtype)
 
     @torch.no_grad()
@@ -96,36 +102,81 @@ class Models:
         Raises:
             AssertionError: ours is beyond its bound, or has written nothing.
         """
+        return self._checked({"use_cache": False})[:2]
+
+    @torch.no_grad()
+    def prefill(self) -> tuple[dict[str, Callable[[], Tensor]], dict[str, float]]:
+        """The same of a prompt: into a cache, with the last logits alone; and W that it leaves is right too.
+
+        Raises:
+            AssertionError: as before.
+        """
+        asked = {"use_cache": True, "logits_to_keep": 1}
+        runs, errors, exact = self._checked(asked)
+        state = self.fast(input_ids=self.ids, **asked).past_key_values.ttt
+        for i, (spec, module) in enumerate(zip(state.specs, running(self.published), strict=True)):
+            w0 = module.mlp.down_proj.weight
+            for b, want in enumerate(exact):
+                got, change = state.matrix(spec.key, b, w0).float(), (want[i] - w0.float()).norm()
+                error = float((got - want[i]).norm() / change) if float(change) else 0.0
+                errors["ours: W"] = max(errors.get("ours: W", 0.0), error)
+        bound = BOUND if self.dtype == torch.float32 else BOUND_W_NARROW
+        assert errors.get("ours: W", 0.0) <= bound, f"{self.shape}: W {errors['ours: W']:.1e}: no timing"
+        return runs, errors
+
+    def _checked(self, asked: dict[str, Any]) -> tuple[dict, dict[str, float], list[list[Tensor]]]:
+        """Competitors of a call, their errors, and what W is per row and fast layer, by the official one."""
         self.static.compile(dynamic=False)
         self.fast.compile(backend="inplace_ttt", dynamic=False)
+        weights: list[list[Tensor]] = []
 
-        def loop() -> Tensor:
-            reset(self.published)
-            return self._read(self.published)
+        def loop(model: nn.Module) -> Tensor:
+            out = []
+            weights.clear()
+            for row in self.ids.split(1):
+                reset(self.published)
+                out.append(model(input_ids=row, **asked).logits)
+                weights.append([m.mlp.down_proj.weight if m.weight is None else m.weight for m in layers])
+            return out[0] if len(out) == 1 else torch.cat(out)
 
-        exact = loop()
+        def read(model: nn.Module) -> Callable[[], Tensor]:
+            return lambda: model(input_ids=self.ids, **asked).logits
+
+        layers = running(self.published)
+        exact = loop(self.published)
+        exact_weights = [[w.clone() for w in row] for row in weights]
         if self.dtype != torch.float32:
-            for model in (self.static, self.fast, self.published):
+            for model in (self.static, self.eager, self.fast, self.published):
                 model.to(self.dtype)
-        runs = {"static": lambda: self._read(self.static), "ours": lambda: self._read(self.fast)}
-        runs["official"] = loop
+        runs = {
+            "static": read(self.static),
+            "static, eager": read(self.eager),
+            "ours": read(self.fast),
+            "official": lambda: loop(self.published),
+        }
+        if self.shape.tokens <= UNROLLED * self.shape.chunk:
+            # Of the same module, which stays op by op for who calls it itself.
+            compiled = torch.compile(self.published, dynamic=False)
+            runs[COMPILED] = lambda: loop(compiled)
         errors = {n: float((run().float() - exact).norm() / exact.norm()) for n, run in runs.items()}
         bound = BOUND if self.dtype == torch.float32 else AS_BAD * errors["official"]
-        assert errors["ours"] <= bound, f"{self.shape}: error {errors['ours']:.1e}: no timing"
+        for name in {"ours", COMPILED} & errors.keys():
+            assert errors[name] <= bound, f"{self.shape}, {name}: error {errors[name]:.1e}: no timing"
         assert errors["static"] > 2 * errors["ours"], f"{self.shape}: nothing was written: no timing"
-        return runs, errors
+        return runs, errors, exact_weights
 
     @torch.no_grad()
     def decoders(self) -> dict[str, Callable[[], None]]:
-        """What reads :data:`STEPS` more tokens of one row with a cache; the chunk there is not full yet."""
-        plain = copy.deepcopy(self.static)
+        """What reads :data:`STEPS` more tokens of each row with a cache; the chunk there is not full yet."""
         self.static.compile(dynamic=True)
         self.fast.compile(backend="inplace_ttt", dynamic=True)
-        prompt = self.shape.tokens // self.shape.chunk * self.shape.chunk + self.shape.chunk // 4
+        batch, chunk = self.shape.batch, self.shape.chunk
+        prompt = self.shape.tokens // chunk * chunk + chunk // 4
         found: dict[str, Callable[[], object]] = {
-            "static": Decoder(self.static, 1, prompt, fast=False, prefill=plain),
-            "ours": Decoder(self.fast, 1, prompt, fast=True),
-            "official": OneByOne(self.published, 1, prompt),
+            "static": Decoder(self.static, batch, prompt, fast=False, prefill=self.eager),
+            "static, eager": Decoder(self.eager, batch, prompt, fast=False),
+            "ours": Decoder(self.fast, batch, prompt, fast=True),
+            "official": OneByOne(self.published, batch, prompt),
         }
         return {name: _steps(decoder) for name, decoder in found.items()}
 
@@ -152,8 +203,10 @@ class Models:
             written.append(state.chunks_written[key][0] - before)
         return torch.tensor(taken).median(0).values.tolist(), written
 
-    def _read(self, model: nn.Module) -> Tensor:
-        return model(input_ids=self.ids, use_cache=False).logits
+
+def twin(model: nn.Module) -> nn.Module:
+    """A copy with the same parameters."""
+    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
 
 
 def _steps(decoder: Callable[[], object]) -> Callable[[], None]:

@@ -7,18 +7,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bench.record import keep, refuse_unclean
 from bench.results import Case, load
 from ttt_compiler.errors import TTTError
 
 
 @dataclass
 class Block:
-    """A heading, sentences, and a table, any of which may be empty."""
+    """A heading, sentences, a table, and names of pictures, any of which may be empty."""
 
     title: str
     lines: list[str] = field(default_factory=list)
     head: Sequence[str] = ()
     rows: list[Sequence[str]] = field(default_factory=list)
+    pictures: list[str] = field(default_factory=list)
 
 
 def text(blocks: Sequence[Block]) -> str:
@@ -34,8 +36,8 @@ def text(blocks: Sequence[Block]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def markdown(blocks: Sequence[Block]) -> str:
-    """For a page."""
+def markdown(blocks: Sequence[Block], pictures: Path | None = None) -> str:
+    """For a page, with those pictures that the folder beside it has."""
     parts = [
         "# Benchmarks",
         "Written by `python -m bench.report FILE... --markdown FILE`; edit nothing here.",
@@ -49,6 +51,9 @@ def markdown(blocks: Sequence[Block]) -> str:
         if block.rows:
             cells = [block.head, ["---"] * len(block.head), *_once(block.rows)]
             parts.append("\n".join(f"| {' | '.join(row)} |" for row in cells))
+        for name in block.pictures if pictures else ():
+            if (pictures / f"{name}.svg").exists():
+                parts.append(f"![{name}]({pictures.name}/{name}.svg)")
     return "\n\n".join(parts) + "\n"
 
 
@@ -58,17 +63,31 @@ def _once(rows: Sequence[Sequence[str]]) -> list[Sequence[str]]:
     return [("" if row[0] == b else row[0], *row[1:]) for row, b in zip(rows, before, strict=False)]
 
 
-def command(description: str, blocks: Callable[[Sequence[Case]], Sequence[Block]]) -> None:
-    """The command line of what makes ``blocks`` of the cases of files: prints them, or writes a page."""
+def command(
+    description: str, blocks: Callable[[Sequence[Case]], Sequence[Block]], *, keeps: bool = False
+) -> None:
+    """The command line of what makes ``blocks`` of the cases of files: prints them, or writes a page.
+
+    Pictures are looked for in the folder that is called like the page. With ``keeps`` it can put the cases
+    into a record, and a page is of all that is there then.
+    """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="of pytest-benchmark, JSON")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write a page there, print nothing")
+    parser.add_argument("--unclean", action="store_true", help="write what a tree with changes gave, too")
+    if keeps:
+        parser.add_argument("--keep", type=Path, metavar="FOLDER", help="put the figures into this record")
     a = parser.parse_args()
+    kept = a.keep if keeps else None
     try:
-        made = blocks(load(a.files))
+        cases = load(a.files)
+        if (a.markdown or kept) and not a.unclean:
+            refuse_unclean(cases)
+        if kept:
+            cases = load(keep(cases, kept))
         if a.markdown:
-            a.markdown.write_text(markdown(made))
-        else:
-            print(text(made), end="")
+            a.markdown.write_text(markdown(blocks(cases), a.markdown.with_suffix("")))
+        elif not kept:
+            print(text(blocks(cases)), end="")
     except (TTTError, OSError) as e:
         raise SystemExit(f"error: {e}") from e

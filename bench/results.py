@@ -1,7 +1,8 @@
 """What a run of the suite left in its JSON, as report and plots read it.
 
 A field may be missing, since a run can be of another commit: it is empty here, and whoever needs it says so.
-May be changed here: what is derived from the figures (floor, peak).
+Read are files of pytest-benchmark, of :mod:`bench.record` and of :mod:`bench.instructions`. May be changed
+here: what is derived from the figures (floor, peak), and how a case is called.
 """
 
 from __future__ import annotations
@@ -19,8 +20,15 @@ STATIC = ("static", "torch.mm", "oneDNN")
 OURS = "ours"
 # The least that a step of decode costs whose share of v is paid when its token comes, not at the chunk's end.
 WITH_V = "static, and v"
+# Steps of a whole chunk, and the least that they can cost in all.
+WHOLE_CHUNK = "step, whole chunk"
+WITH_V_AND_WRITE = "the same bytes, v and the write"
 # What stands between a competitor's name and the variable's value.
 AT = " @ "
+INSTRUCTIONS = "instructions"
+_SHORT = {"d": "D", "f": "F", "tokens": "T", "chunk": "C", "batch": "B", "past": "N", "lr": "eta"}
+# What a sweep changes: no part of its shape.
+_SWEPT = {"T": ("tokens",), "B": ("batch",), "C": ("chunk",), "D·F": ("d", "f")}
 
 
 @dataclass(frozen=True)
@@ -30,6 +38,7 @@ class Case:
     name: str
     info: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
+    source: Path | None = None
 
     @property
     def kind(self) -> str:
@@ -49,14 +58,24 @@ class Case:
     @property
     def label(self) -> str:
         """The shape in a few letters."""
-        swept = {"T": "tokens", "B": "batch", "C": "chunk"}.get(self.info.get("variable", ""), "variable")
-        short = {"d": "D", "f": "F", "tokens": "T", "chunk": "C", "batch": "B"}
+        left_out = ("variable", *_SWEPT.get(self.info.get("variable", ""), ()))
         said = [
-            f"{short[name]}={value}" if name in short else str(value)
+            value if isinstance(value, str) else f"{_SHORT.get(name, name)}={value}"
             for name, value in self.shape.items()
-            if name not in ("variable", swept)
+            if name not in left_out
         ]
         return " ".join(said) or self.name
+
+    @property
+    def tuned(self) -> bool:
+        """Whether malloc kept large blocks."""
+        return str(self.environment.get("allocator", "default")) != "default"
+
+    @property
+    def commit(self) -> str:
+        """Ten digits of it, and whether the tree had changes that no commit has."""
+        sha, changed, _ = str(self.environment.get("commit") or "").partition("+")
+        return sha[:10] + ("+changes" if changed else "") or "not recorded"
 
     @property
     def machine(self) -> tuple[Any, ...]:
@@ -100,20 +119,37 @@ def load(paths: Sequence[Path]) -> list[Case]:
     Raises:
         TTTError: a file cannot be read, or is none of pytest-benchmark's.
     """
-    found = []
+    found: list[Case] = []
     for path in paths:
         try:
             data = json.loads(path.read_text() or "{}")
         except (OSError, ValueError) as e:
             raise TTTError(f"{path} cannot be read: {e}") from e
-        if not isinstance(data, dict) or not data.get("benchmarks"):
+        found += _cases(data, path) if isinstance(data, dict) else []
+        if not any(case.source == path for case in found):
             raise TTTError(
                 f"{path} holds no benchmarks: write one by pytest bench/suite --benchmark-json=FILE"
             )
-        machine = data.get("machine_info", {}).get("ttt", {})
-        for b in data["benchmarks"]:
-            found.append(Case(b.get("name", "without a name"), b.get("extra_info", {}), machine))
     return found
+
+
+def _cases(data: dict[str, Any], path: Path) -> list[Case]:
+    """Of one file. A record has several environments, and every case the number of its own."""
+    if data.get("kind") == INSTRUCTIONS:
+        info = {n: value for n, value in data.items() if n not in ("environment", "d", "f")}
+        info["shape"] = {n: data[n] for n in ("d", "f") if n in data}
+        # What is counted has one thread, whatever the process had that started it.
+        return [Case(INSTRUCTIONS, info, {**data.get("environment", {}), "threads": 1}, path)]
+    machine = data.get("machine_info", {}).get("ttt", {})
+    return [
+        Case(
+            b.get("name", "without a name"),
+            b.get("extra_info", {}),
+            data["environments"][b["environment"]] if "environments" in data else machine,
+            path,
+        )
+        for b in data.get("benchmarks", [])
+    ]
 
 
 def peaks(cases: Sequence[Case]) -> dict[tuple[Any, ...], float]:
@@ -134,3 +170,9 @@ def series(case: Case, figure: str = "seconds") -> dict[str, list[float]]:
         if taken and None not in taken:
             found[name] = taken
     return found
+
+
+def steps(case: Case) -> dict[str, list[float]]:
+    """Of a decode across a chunk's border: per competitor the seconds of each step, ours if none is named."""
+    found = case.info.get("steps") or {}
+    return {n: taken for n, taken in (found if isinstance(found, dict) else {OURS: found}).items() if taken}

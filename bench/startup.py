@@ -1,4 +1,4 @@
-"""Seconds until a compiled model has answered: one fresh process per start.
+"""Seconds until a compiled model has answered, and has decoded a token: one fresh process per start.
 
     python -m bench.startup ours        # static or ours; a JSON object on the last line
 
@@ -20,7 +20,11 @@ TOKENS, CHUNK = 64, 16
 
 
 def start(who: str) -> dict[str, float]:
-    """Import, then a small model's first and second call; seconds of each, by the wall's clock."""
+    """Import, a small model's first and second call, then a prompt with a cache and two tokens behind it.
+
+    Seconds of each, by the wall's clock. A first token waits for the operator that decodes, which is built
+    beside the calls before it.
+    """
     begin = time.perf_counter()
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -39,9 +43,9 @@ def start(who: str) -> dict[str, float]:
     model = LlamaForCausalLM(config).eval()
     if who == "ours":
         ttt.convert(model, ttt.TTTConfig(layers="all", chunk_size=CHUNK))
-        model.compile(backend="inplace_ttt", dynamic=False)
+        model.compile(backend="inplace_ttt")
     else:
-        model.compile(dynamic=False)
+        model.compile()
     ids = torch.ones(1, TOKENS, dtype=torch.int64)
     built = time.perf_counter()
     with torch.no_grad():
@@ -49,13 +53,26 @@ def start(who: str) -> dict[str, float]:
         answered = time.perf_counter()
         second = model(input_ids=ids, use_cache=False).logits
         again = time.perf_counter()
+        prompt = model(input_ids=ids, use_cache=True)
+        kept = time.perf_counter()
+        tokens = []
+        for _ in range(2):
+            token = model(input_ids=ids[:, :1], past_key_values=prompt.past_key_values).logits
+            tokens.append((token, time.perf_counter()))
     assert torch.equal(first, second), "two calls differ: no timing"
+    torch.testing.assert_close(prompt.logits, first)
+    (token, decoded), (_, next_one) = tokens
+    assert bool(token.isfinite().all()), "a token's logits are no numbers: no timing"
     return {
         "import": imported - begin,
         "build": built - imported,
         "first call": answered - built,
         "second call": again - answered,
         "until the first answer": answered - begin,
+        "first prompt with a cache": kept - again,
+        "first token": decoded - kept,
+        "second token": next_one - decoded,
+        "until the first token": decoded - begin,
     }
 
 

@@ -5,93 +5,36 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from bench import goals, plots, report, results
+from bench import environment, plots, report, results
+from bench.measured import lines
 from bench.page import Block, markdown, text
+from tests.bench_records import (
+    BORDER,
+    GROWTH,
+    INSTRUCTIONS,
+    LAYERS,
+    MEMORY,
+    PREFILL,
+    SHAPE,
+    STARTUP,
+    WHOLE_CHUNK,
+    timed,
+    write,
+)
 from ttt_compiler import suite
 from ttt_compiler.cli import app
+from ttt_compiler.codegen.cpu import native
 from ttt_compiler.errors import TTTError
-
-SHAPE = {"d": 64, "f": 128, "tokens": 256, "chunk": 32, "batch": 1, "dtype": "float32"}
-ENVIRONMENT = {"cpu": "a processor", "threads": 1, "isa": ["avx2", "avx512f"]}
-
-
-def timed(seconds: float, ratio: float) -> dict[str, float]:
-    return {"seconds": seconds, "ratio": ratio, "low": ratio - 0.25, "high": ratio + 0.25}
-
-
-PREFILL = {
-    "kind": "prefill",
-    "shape": SHAPE,
-    "flops": 2e9,
-    "static_flops": 1e9,
-    "times": {
-        "static": timed(0.011, 1.0),
-        "torch.mm": timed(0.010, 0.9),
-        "ours": timed(0.025, 2.25),
-        "official inference loop": timed(0.040, 3.6),
-    },
-    "ours_over": {"official inference loop": {"ratio": 0.62, "low": 0.6, "high": 0.65}},
-}
-GROWTH = {
-    "kind": "growth",
-    "shape": {**SHAPE, "variable": "T"},
-    "variable": "T",
-    "values": [256, 512],
-    "times": {
-        "static @ 256": timed(0.001, 1.0),
-        "ours @ 256": timed(0.002, 2.0),
-        "static @ 512": timed(0.002, 1.0),
-        "ours @ 512": timed(0.004, 2.0),
-    },
-    "bytes": {"ours": [2**20, 3 * 2**20]},
-    "fit": {"static": {"exponent": 1.0, "r2": 1.0}, "ours": {"exponent": 1.02, "r2": 0.99}},
-    "fit_bytes": {"ours": {"exponent": 1.58, "r2": 1.0}},
-}
-LAYERS = {
-    **GROWTH,
-    "variable": "layers",
-    "shape": {"model": "Llama", "variable": "layers"},
-    "fit": {"ours": {"slope": 0.0015, "intercept": 0.1, "r2": 0.9}},
-    "fit_bytes": {"ours": {"slope": 2.0**19, "intercept": 2.0**20, "r2": 1.0}},
-}
-BORDER = {"kind": "border", "shape": SHAPE, "steps": {"ours": [0.001, 0.001, 0.009], "static": [0.001] * 3}}
-MEMORY = {
-    "kind": "memory, training",
-    "shape": {**SHAPE, "variable": "T"},
-    "variable": "T",
-    "values": [256, 512],
-    "bytes": {"static": [2**20, 2**21], "ours": [2**21, 2**22], "official": [2**22, 2**24]},
-    "extra_bytes": {"ours": [2**20, 2**21], "official": [3 * 2**20, 14 * 2**20]},
-    "extra_ratio": [1 / 3, 1 / 7],
-    "fit_bytes": {"ours": {"exponent": 1.0, "r2": 1.0}},
-    "fit_extra": {"ours": {"exponent": 1.0, "r2": 1.0}, "official": {"exponent": 2.22, "r2": 1.0}},
-}
-PHASES = {"import": 1.5, "first call": 6.0, "until the first answer": 9.0}
-STARTUP = {
-    "kind": "startup",
-    "shape": {"model": "Llama"},
-    "seconds": {"static, cold": PHASES, "ours, cold": {**PHASES, "first call": 7.25}},
-    "ratio": {"cold": 1.14},
-}
 
 
 @pytest.fixture
 def record(tmp_path):
     """A function that writes a file as pytest-benchmark does."""
-
-    def write(*infos: dict, name: str = "run.json", **environment: object) -> Path:
-        benchmarks = [{"name": f"test_{i}", "extra_info": info} for i, info in enumerate(infos)]
-        path = tmp_path / name
-        machine = {"ttt": {**ENVIRONMENT, **environment}}
-        path.write_text(json.dumps({"benchmarks": benchmarks, "machine_info": machine}))
-        return path
-
-    return write
+    return lambda *infos, name="run.json", **environment: write(tmp_path / name, *infos, **environment)
 
 
 def rows(block: Block) -> dict[str, dict[str, str]]:
@@ -102,6 +45,7 @@ def test_figures_of_a_layer(record):
     cases = results.load([record(PREFILL)])
     blocks = {b.title: b for b in report.report(cases)}
     assert blocks["Environment"].lines == ["cpu: a processor", "threads: 1", "isa: avx2, avx512f"]
+    assert blocks["Prefill"].lines == ["Measured at commit not recorded."]
     assert "Missing in the file" not in blocks
     found = rows(blocks["Prefill"])
     # Twice the FLOPs of a product that the faster library does in 10 ms.
@@ -124,9 +68,50 @@ def test_peak_is_of_the_same_machine_and_dtype(record):
     faster = {**PREFILL, "times": {"torch.mm": timed(0.001, 1.0)}}
     half = {**faster, "shape": {**SHAPE, "dtype": "bfloat16"}}
     files = [record(PREFILL, half), record(faster, name="other.json", cpu="a faster one")]
-    blocks = [b for b in report.report(results.load(files)) if b.title == "Prefill"]
-    assert len(blocks) == 2
-    assert rows(blocks[0])["ours"]["of peak"] == "80%"
+    blocks = {b.title: b for b in report.report(results.load(files))}
+    assert rows(blocks["Prefill (cpu: a processor)"])["ours"]["of peak"] == "80%"
+    assert "Prefill (cpu: a faster one)" in blocks
+
+
+def test_a_table_says_by_which_commit_it_was_measured(record):
+    """One for all, or a number at each case; what differs besides is said there, what does not once."""
+    shape = {**SHAPE, "chunk": 64}
+    old = record(PREFILL, name="old.json", commit="a" * 40, date="2026-01-02T03:04:05+00:00", torch="2.13")
+    again = {**PREFILL, "shape": shape}
+    new = record(again, name="new.json", commit="b" * 40 + "+changes", date="2026-02-03T", torch="2.14")
+    blocks = {b.title: b for b in report.report(results.load([old]))}
+    assert blocks["Prefill"].lines == ["Measured at commit aaaaaaaaaa, 2026-01-02."]
+    assert not any("aaa" in line or "2026" in line for line in blocks["Environment"].lines)
+    blocks = {b.title: b for b in report.report(results.load([old, new]))}
+    assert blocks["Environment"].lines == ["cpu: a processor", "threads: 1", "isa: avx2, avx512f"]
+    assert blocks["Prefill"].lines == [
+        "[1] measured at commit aaaaaaaaaa, 2026-01-02, torch: 2.13.",
+        "[2] measured at commit bbbbbbbbbb+changes, 2026-02-03, torch: 2.14.",
+    ]
+    labels = list(dict.fromkeys(row[0] for row in blocks["Prefill"].rows))
+    assert [label[-12:] for label in labels] == [" float32 [1]", " float32 [2]"]
+
+
+def test_tables_of_another_allocator_are_others(record):
+    files = [record(PREFILL, allocator="default"), record(PREFILL, name="t.json", allocator="tuned")]
+    titles = [b.title for b in report.report(results.load(files))]
+    assert {"Prefill", "Prefill (allocator: tuned)"} < set(titles)
+
+
+def test_a_label_names_its_numbers():
+    shape = {"name": "a model", "tokens": 8, "dtype": "float32", "lr": 0.3, "past": 256}
+    assert results.Case("x", {"shape": shape}).label == "a model T=8 float32 eta=0.3 N=256"
+    swept = {"variable": "D·F", "shape": {"d": 8, "f": 16, "tokens": 4, "variable": "D·F"}}
+    assert results.Case("x", swept).label == "T=4"
+
+
+def test_steps_of_a_whole_chunk_and_instructions(record):
+    blocks = {b.title: b for b in report.report(results.load([record(WHOLE_CHUNK, INSTRUCTIONS)]))}
+    steps = blocks["Mean and median step of a whole chunk"]
+    assert steps.rows[1] == ("D=1024 B=1 C=512 N=1024 float32", "ours", "0.3", "0.25")
+    counts = blocks["Instructions of a step on the host"]
+    assert "D=8 F=8; counted by valgrind." in counts.lines[0]
+    assert counts.rows == [["B=1", "38,814"], ["B=4", "47,266"]]
 
 
 def test_growth_border_and_layers(record):
@@ -146,44 +131,15 @@ def test_memory_and_starts(record):
     assert memory.rows[1] == ["512", "2", "4", "16", "2", "14", "0.14"]
     assert memory.rows[2][5] == "T^2.22, R² 1.000"
     start = blocks["Seconds of a start"]
-    assert start.lines == ["ours / static, cold: 1.14"]
+    assert start.lines == ["ours / static, first answer, cold: 1.14", "Measured at commit not recorded."]
     assert start.rows[1] == ["ours, cold", "1.50", "7.25", "9.00"]
 
 
-def test_goals(record):
-    """The worst case counts; what no case is about is not measured."""
-    slow = {**PREFILL, "times": {**PREFILL["times"], "ours": timed(0.0209, 1.9)}}
-    ours = {"official training form": {"ratio": 0.5, "low": 0.4, "high": 0.625}}
-    shape = {"d": 1024, "f": 3072, "tokens": 4096, "chunk": 512, "batch": 1, "dtype": "float32"}
-    forward = {**slow, "kind": "forward", "shape": shape, "ours_over": ours}
-    slower = {**forward, "ours_over": {"official inference loop": {"ratio": 1.25, "low": 1.2, "high": 1.3}}}
-    host = {"kind": "host", "shape": {}, "times": {"static": timed(2e-6, 1.0), "ours": timed(19e-6, 9.5)}}
-    border = {**BORDER, "shape": {"d": 1024}, "worst": 9.0}
-    files = [record(forward, slower, host, border), record(forward, name="tuned.json", allocator="tuned")]
-    table = goals.table(results.load(files))
-    limits = {row[0]: row[3] for row in table.rows}
-    rows = {row[0]: (row[1], row[2], row[4]) for row in table.rows}
-    assert rows["forward float32, T=4096 C=512: / FLOP floor"] == ("<= 1.05", "1.04 [0.907, 1.18]", "yes")
-    assert rows["fp32 C=512: official training form / ours"] == (">= 1.85", "2 [1.6, 2.5]", "yes")
-    tuned = "fp32 C=512, tuned allocator: official training form / ours"
-    assert rows[tuned] == (">= 1.3", "2 [1.6, 2.5]", "yes")
-    # The loop's 40 ms by the floor's 20.
-    assert limits["fp32 C=512: official inference loop / ours"] == "2"
-    grid = "forward, whole grid, default allocator: ours / either official form"
-    assert rows[grid] == ("<= 1", "1.25 [1.2, 1.3]", "NO")
-    assert rows["decode, a step's host time in microseconds"] == ("<= 15", "17", "NO")
-    assert rows["decode, one layer: longest step / median, C<=512"] == ("<= 3", "9", "NO")
-    assert rows["decode, B=1, before the first write: / static"][1:] == ("-", "not measured")
-
-
-def test_goals_of_memory(record):
-    by_tokens = {**MEMORY, "shape": {"d": 1024}, "values": [4096, 8192]}
-    by_chunks = {**by_tokens, "variable": "C", "fit_extra": {"ours": {"exponent": -0.02, "r2": 0.5}}}
-    table = goals.table(results.load([record(by_tokens, by_chunks)]), all_of_them=False)
-    assert [(row[2], row[4]) for row in table.rows] == [("0.143", "yes"), ("0.02", "yes")]
-
-
-@pytest.mark.parametrize("info", [PREFILL, GROWTH, LAYERS, BORDER, MEMORY, STARTUP], ids=lambda i: i["kind"])
+@pytest.mark.parametrize(
+    "info",
+    [PREFILL, GROWTH, LAYERS, BORDER, MEMORY, STARTUP, WHOLE_CHUNK, INSTRUCTIONS],
+    ids=lambda i: i["kind"],
+)
 def test_any_field_may_be_missing(record, tmp_path, info):
     for gone in info:
         left = {name: value for name, value in info.items() if name != gone}
@@ -220,7 +176,7 @@ def test_markdown_is_a_table(record, tmp_path):
     assert (done.returncode, done.stdout) == (0, "")
     lines = page.read_text().splitlines()
     assert lines[0] == "# Benchmarks"
-    start = lines.index("## Prefill") + 2
+    start = lines.index("## Prefill") + 4
     assert len({line.count("|") for line in lines[start : start + 6]}) == 1
 
 
@@ -238,13 +194,14 @@ def script(module: str, *arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_pictures_are_the_same_every_time(record, tmp_path):
-    cases = results.load([record(PREFILL, GROWTH, GROWTH, LAYERS, BORDER)])
+    place = {**WHOLE_CHUNK, "kind": "decode"}
+    cases = results.load([record(PREFILL, GROWTH, GROWTH, LAYERS, BORDER, MEMORY, place)])
     first, second = (plots.plots(cases, tmp_path / name) for name in ("a", "b"))
-    names = ["growth-T.svg", "growth-T-2.svg", "growth-layers.svg", "ratios-prefill.svg", "border.svg"]
-    assert [path.name for path in first] == names
+    names = ["ratios-prefill", "growth-T", "growth-T-again1", "growth-layers", "border", "memory-training-T"]
+    assert [path.stem for path in first] == [*names, "decode"]
     for a, b in zip(first, second, strict=True):
         assert a.read_bytes() == b.read_bytes()
-    drawn = first[0].read_text()
+    drawn = first[1].read_text()
     assert "ours: T^1.02, R² 0.990" in drawn
     assert "<dc:date>" not in drawn
 
@@ -252,6 +209,20 @@ def test_pictures_are_the_same_every_time(record, tmp_path):
 def test_nothing_to_draw(record, tmp_path):
     with pytest.raises(TTTError, match="nothing to draw"):
         plots.plots(results.load([record({"kind": "decode"})]), tmp_path)
+
+
+def test_an_environment_says_what_is_fast_there(monkeypatch):
+    """A run without our loops in C++ is right and slow, and its record says why."""
+    fast = environment.environment()
+    assert "/" not in str(fast["compiler"])
+    assert fast["C++ loops"] is bool(fast["compiler"])
+    with native.unused():
+        slow = environment.environment()
+        assert (slow["C++ loops"], slow["products by oneDNN"], slow["products of blocks"]) == (False, [], [])
+    monkeypatch.setattr(environment, "cpp_compiler", lambda: None)
+    assert environment.environment()["compiler"] is None
+    said = lines({"C++ loops": False, "products by oneDNN": [], "compiler": None})
+    assert said == ["C++ loops: no", "products by oneDNN: none", "compiler: none"]
 
 
 def bench(*arguments: object):
@@ -287,19 +258,8 @@ def checkout(tmp_path, monkeypatch):
     """A folder whose suite is one benchmark that passes and, if asked, one that fails."""
     folder = tmp_path / "checkout"
     (folder / "bench" / "suite").mkdir(parents=True)
-    for name in (
-        "__init__",
-        "environment",
-        "goals",
-        "measure",
-        "page",
-        "report",
-        "results",
-        "plots",
-        "suite/__init__",
-        "suite/conftest",
-    ):
-        (folder / "bench" / f"{name}.py").write_text((suite.ROOT / "bench" / f"{name}.py").read_text())
+    for path in (*(suite.ROOT / "bench").glob("*.py"), *(suite.ROOT / "bench/suite").glob("[_c]*.py")):
+        (folder / path.relative_to(suite.ROOT)).write_text(path.read_text())
     (folder / "bench" / "suite" / "test_two.py").write_text(
         "def test_right(compare):\n"
         "    compare({'static': int, 'ours': int}, kind='forward', shape={'d': 8}, flops=2, static_flops=1)\n"
@@ -324,7 +284,7 @@ def test_the_command_runs_reports_and_draws(checkout, tmp_path):
     (run,) = json.loads(kept.read_text())["benchmarks"]
     assert run["stats"]["rounds"] == 2
     assert run["extra_info"]["ours_over"]["static"].keys() >= {"ratio", "low", "high"}
-    assert (drawn / "ratios-forward.svg").exists()
+    assert (drawn / "ratios-forward-tuned.svg").exists()
 
 
 def test_what_passed_is_reported_when_another_failed(checkout):

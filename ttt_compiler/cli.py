@@ -41,7 +41,7 @@ _PLANNED = "A folder with a config.json, a .gguf file, smollm2, or a known name 
 
 # Options of ``bench`` that only predictions read, and only measurements.
 _PREDICTED = ("model", "device", "layers", "chunk_size")
-_MEASURED = ("quick", "threads", "rounds", "only", "plots", "tuned_allocator")
+_MEASURED = ("quick", "full", "threads", "rounds", "only", "plots", "tuned_allocator")
 
 LayersOption = Annotated[str, typer.Option(help=_LAYERS)]
 ChunkOption = Annotated[int, typer.Option(help="Tokens per write.")]
@@ -141,7 +141,8 @@ def bench(
     ] = None,
     layers: LayersOption = "every:6",
     chunk_size: ChunkOption = 1024,
-    quick: Annotated[bool, typer.Option("--quick", help="Few sizes, few rounds: some minutes.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Few sizes, few rounds: under 3 minutes.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="The dear cases too: hours.")] = False,
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 1,
     rounds: Annotated[int | None, typer.Option(min=1, help="Rounds of every comparison.")] = None,
     only: Annotated[str | None, typer.Option(help="By name: 'prefill and float32'.")] = None,
@@ -161,6 +162,7 @@ def bench(
 
             options = SuiteOptions(
                 quick=quick,
+                full=full,
                 threads=threads,
                 rounds=rounds,
                 only=only,

@@ -28,6 +28,7 @@ class SuiteOptions:
 
     Attributes:
         quick: few sizes, few rounds.
+        full: the dear cases too.
         threads: of torch.
         rounds: of every comparison; None is each one's own.
         only: pytest's expression that chooses by name.
@@ -38,6 +39,7 @@ class SuiteOptions:
     """
 
     quick: bool = False
+    full: bool = False
     threads: int = 1
     rounds: int | None = None
     only: str | None = None
@@ -69,7 +71,7 @@ def run_suite(options: SuiteOptions, say: Callable[[str], None]) -> None:
             raise TTTError(f"the suite ended with pytest's exit code {code}: see above")
         if not record.exists() or not record.stat().st_size:
             raise TTTError("no figures: benchmarks failed (see above), or --quick and --only leave none")
-        page = ("--markdown", str(options.markdown.absolute())) if options.markdown else ()
+        page = ("--markdown", str(options.markdown.absolute()), "--unclean") if options.markdown else ()
         say(_checked("bench.report", str(record), *page))
         if options.plots is not None:
             _checked("bench.plots", str(record), "--out", str(options.plots.absolute()), out=_STDERR)
@@ -80,8 +82,7 @@ def run_suite(options: SuiteOptions, say: Callable[[str], None]) -> None:
 def _suite_command(options: SuiteOptions, record: Path) -> list[str]:
     command = ["pytest", "bench/suite", "-q", "-r", "f", "--benchmark-quiet", f"--benchmark-json={record}"]
     command += ["--threads", str(options.threads)]
-    if options.quick:
-        command.append("--quick")
+    command += [f"--{name}" for name in ("quick", "full") if getattr(options, name)]
     if options.rounds is not None:
         command += ["--rounds", str(options.rounds)]
     if options.only is not None:

@@ -8,7 +8,6 @@ pytest-benchmark prints is the length of a round; the figures are in ``extra_inf
 from __future__ import annotations
 
 import random
-import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,7 @@ import pytest
 import torch
 
 from bench.environment import environment
-from bench.measure import clock_of, one_round
+from bench.measure import clock_of, one_round, summary
 from bench.results import AT, OURS
 
 Runs = dict[str, Callable[[], object]]
@@ -24,6 +23,7 @@ Runs = dict[str, Callable[[], object]]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="few sizes, few rounds: under three minutes")
+    parser.addoption("--full", action="store_true", help="the dear cases too: hours")
     parser.addoption("--ci", action="store_true", help="what CI runs: tiny, is it right; no figure is read")
     parser.addoption("--rounds", type=int, help="rounds of every comparison")
     parser.addoption("--threads", type=int, default=1, help="threads of torch")
@@ -34,17 +34,25 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of a run for CI and of a quick one, what is marked so; of the others, what is not for CI."""
-    ci, quick = config.getoption("--ci"), config.getoption("--quick")
+    """Of a run for CI and of a quick one, what is marked so; of the others, what is not for CI, nor dear."""
+    ci, quick, full = (config.getoption(f"--{name}") for name in ("ci", "quick", "full"))
     for item in items:
         if ci != (item.get_closest_marker("ci") is not None):
             item.add_marker(pytest.mark.skip(reason="not a part of --ci" if ci else "a part of --ci alone"))
         elif quick and not ci and item.get_closest_marker("quick") is None:
             item.add_marker(pytest.mark.skip(reason="not a part of --quick"))
+        elif not full and item.get_closest_marker("full") is not None:
+            item.add_marker(pytest.mark.skip(reason="a part of --full alone"))
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     machine_info["ttt"] = environment()
+
+
+@pytest.fixture(autouse=True)
+def graphs_of_its_own():
+    """Dynamo compiles one function for a few shapes; beyond its limit they would run uncompiled."""
+    torch._dynamo.reset()
 
 
 @pytest.fixture
@@ -71,20 +79,14 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., dic
         benchmark.pedantic(turn, rounds=rounds, warmup_rounds=1)
         benchmark.extra_info |= info
         benchmark.extra_info["times"] = times = {
-            name: _summary(taken[1:], seconds[(bases or {}).get(name, names[0])][1:])
+            name: summary(taken[1:], seconds[(bases or {}).get(name, names[0])][1:])
             for name, taken in seconds.items()
         }
         benchmark.extra_info["ours_over"] = {
-            name: _summary(seconds[ours][1:], taken[1:])
+            name: summary(seconds[ours][1:], taken[1:])
             for name, taken in seconds.items()
             if (ours := "".join((OURS, *name.partition(AT)[1:]))) in seconds and ours != name
         }
         return times
 
     return run
-
-
-def _summary(taken: list[float], base: list[float]) -> dict[str, float]:
-    ratios = [a / b for a, b in zip(taken, base, strict=True)]
-    low, _, high = statistics.quantiles(ratios * (2 if len(ratios) == 1 else 1), n=4, method="inclusive")
-    return {"seconds": statistics.median(taken), "ratio": statistics.median(ratios), "low": low, "high": high}
