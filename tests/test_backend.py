@@ -320,7 +320,7 @@ class TestCaches:
         with torch.no_grad():
             model(models.ids(2, 9), use_cache=False)
         assert [r.matched for r in seen] == [
-            {"match_markers": 2, "bind_targets": 2, "rewrite": 2, "verify": 2}
+            {"match_markers": 2, "bind_targets": 2, "rewrite": 2, "causal_mask": 2, "verify": 2}
         ]
         names = [str(n.target) for n in seen[0].gm.graph.nodes]
         assert names.count("ttt.chunk_scan.default") == 2

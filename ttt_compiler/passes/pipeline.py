@@ -17,6 +17,7 @@ import ttt_compiler
 from ttt_compiler.compat import fork_graph_module
 from ttt_compiler.passes.base import PassState
 from ttt_compiler.passes.bind_targets import BindTargets
+from ttt_compiler.passes.causal_mask import CausalMask
 from ttt_compiler.passes.match_markers import MatchMarkers
 from ttt_compiler.passes.rewrite import RewriteFastWeights
 from ttt_compiler.passes.verify import Verify
@@ -25,7 +26,7 @@ from ttt_compiler.passes.verify import Verify
 _COMPILED_ROOMS = ("passes", "codegen", "runtime")
 _COMPILED_FILES = ("backend.py", "compat/__init__.py", "spec.py")
 
-PASSES = (MatchMarkers, BindTargets, RewriteFastWeights, Verify)
+PASSES = (MatchMarkers, BindTargets, RewriteFastWeights, CausalMask, Verify)
 
 
 @dataclass(frozen=True)
