@@ -190,6 +190,8 @@ def test_torch_exports_the_products_of_its_onednn():
         assert all(map(processor.block_product, (torch.float32, torch.bfloat16)))
     assert processor.block_product(torch.float16) is None
     assert processor._symbol("no_such_function") is None
+    x = torch.ones(2)
+    assert processor.tensor_in_cpp(x) == processor.tensor_in_cpp(x) != processor.tensor_in_cpp(torch.ones(2))
 
 
 def test_what_the_doctor_asks_inductor(monkeypatch, tmp_path):

@@ -7,10 +7,13 @@ together with the op's schema.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+
+from ttt_compiler.codegen.cpu.kept import keeps
+from ttt_compiler.compat import below_autograd
 
 
 def _conv_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -41,36 +44,44 @@ def _project_backward(ctx: Any, dv: Tensor) -> tuple[Any, ...]:
     return dc, dp, None, None
 
 
-def _scan_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    h, v, w0, bias, pos, *ctx.constants = inputs
-    ctx.save_for_backward(h, v, w0, pos)
-    ctx.has_bias = bias is not None
+class _RecordedScan(torch.autograd.Function):
+    """A scan that a backward follows; on CPU it keeps what that would compute again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, h: Tensor, v: Tensor, w0: Tensor, bias: Tensor | None, pos: Tensor | None, *constants: Any
+    ) -> Tensor:
+        given, kept = (h, v, w0, bias, pos, *constants), None
+        with below_autograd():
+            if keeps(h.device):
+                y, kept = torch.ops.ttt.chunk_scan_keeping(*given)
+            else:
+                y = torch.ops.ttt.chunk_scan(*given)
+        ctx.save_for_backward(h, v, w0, pos, kept)
+        ctx.has_bias, ctx.constants = bias is not None, constants
+        return cast(Tensor, y)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        h, v, w0, pos, kept = ctx.saved_tensors
+        given: tuple[Any, ...] = ctx.constants
+        if kept is not None:
+            given = (*given, *_DEFAULTS[len(given) :], kept)
+        dh, dv, dw0 = torch.ops.ttt.chunk_scan_backward(dy, h, v, w0, pos, *given)
+        bias = dy.sum(dim=(0, 1)) if ctx.has_bias else None
+        return dh, dv, dw0, bias, None, *(None for _ in ctx.constants)
 
 
-def _scan_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-    return _scan_gradients(ctx, dy, *ctx.saved_tensors)
+# Of chunk, decay and on_nonfinite, the last of which a call may leave out.
+_DEFAULTS = (None, 1.0, "raise")
 
 
-def _scan_keeping_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    h, v, w0, bias, pos, *ctx.constants = inputs
-    ctx.save_for_backward(h, v, w0, pos, output[1])
-    ctx.has_bias = bias is not None
-    # Nobody differentiates what is kept: zeros of its size are not made for it.
-    ctx.set_materialize_grads(False)
-
-
-def _scan_keeping_backward(ctx: Any, dy: Tensor | None, _: object) -> tuple[Any, ...]:
-    if dy is None:
-        return (None,) * (5 + len(ctx.constants))
-    return _scan_gradients(ctx, dy, *ctx.saved_tensors)
-
-
-def _scan_gradients(
-    ctx: Any, dy: Tensor, h: Tensor, v: Tensor, w0: Tensor, pos: Tensor | None, *kept: Tensor
-) -> tuple[Any, ...]:
-    dh, dv, dw0 = torch.ops.ttt.chunk_scan_backward(dy, h, v, w0, pos, *ctx.constants, *kept)
-    bias = dy.sum(dim=(0, 1)) if ctx.has_bias else None
-    return dh, dv, dw0, bias, None, *(None for _ in ctx.constants)
+def chunk_scan(*args: Any) -> Any:
+    """``ttt::chunk_scan`` where autograd may record it."""
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+        return _RecordedScan.apply(*args)  # type: ignore[no-untyped-call]
+    with below_autograd():
+        return torch.ops.ttt.chunk_scan(*args)
 
 
 def _limit_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -83,11 +94,9 @@ def _limit_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return dv, dh, dlimit if ctx.needs_input_grad[2] else None, None, None, None
 
 
-# Backward and setup of each op.
+# Backward and setup of each of the others.
 FORMULAS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "chunk_conv": (_conv_backward, _conv_setup),
     "chunk_project": (_project_backward, _project_setup),
     "limit_writes": (_limit_backward, _limit_setup),
-    "chunk_scan": (_scan_backward, _scan_setup),
-    "chunk_scan_keeping": (_scan_keeping_backward, _scan_keeping_setup),
 }

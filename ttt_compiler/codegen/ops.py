@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ttt_compiler.codegen import gradients
 from ttt_compiler.codegen.cpu import controls as cpu_controls
 from ttt_compiler.codegen.cpu import conv as cpu_conv
 from ttt_compiler.codegen.cpu import kept as cpu_kept
@@ -37,7 +38,6 @@ from ttt_compiler.codegen.cpu import scan as cpu_scan
 from ttt_compiler.codegen.cpu import step as cpu_step
 from ttt_compiler.codegen.cpu.native import op as native_op
 from ttt_compiler.codegen.gpu.library import chunk_scan_backward_library
-from ttt_compiler.codegen.gradients import FORMULAS
 from ttt_compiler.codegen.kernels.chunk_table import (
     chunk_places,
     chunk_table,
@@ -46,7 +46,6 @@ from ttt_compiler.codegen.kernels.chunk_table import (
 )
 from ttt_compiler.codegen.kernels.tiles import architecture
 from ttt_compiler.codegen.layout import StateTensors
-from ttt_compiler.compat import below_autograd
 from ttt_compiler.errors import NotCompiledError, UnsupportedDeviceError
 from ttt_compiler.spec import SiteSpec, state_dtype
 
@@ -167,14 +166,6 @@ def _fast_weight_rest(
     if y is None:
         return cpu_step.fast_weight_step(*call)
     return cpu_step.finish_step(*call, cpu_step.Step(y, done.tolist(), base_done))
-
-
-def _scan_on_cpu(*args: Any) -> Any:
-    """chunk_scan under autograd: a forward that a backward follows keeps what that would compute again."""
-    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
-        return torch.ops.ttt.chunk_scan_keeping(*args)[0]
-    with below_autograd():
-        return torch.ops.ttt.chunk_scan(*args)
 
 
 def _scan_keeping(h: Tensor, v: Tensor, w0: Tensor, bias: Any, pos: Any, chunk: int, *rest: Any) -> Any:
@@ -334,7 +325,6 @@ def _(h: Tensor, t: Tensor, w0: Tensor, *_: object) -> Tensor:
     return h.new_empty(h.shape[0], h.shape[1], w0.shape[0])
 
 
-for _name, (_backward, _setup) in FORMULAS.items():
+for _name, (_backward, _setup) in gradients.FORMULAS.items():
     torch.library.register_autograd(f"ttt::{_name}", _backward, setup_context=_setup, lib=_lib)
-# In front of the formula of chunk_scan, which is that of GPUs then.
-_lib.impl("chunk_scan", _scan_on_cpu, "AutogradCPU")
+_lib.impl("chunk_scan", gradients.chunk_scan, "Autograd")

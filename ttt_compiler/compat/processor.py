@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _VECTORIZE = ("-ftree-loop-vectorize", "-ffp-contract=fast")
 
@@ -73,6 +74,14 @@ def _symbol(name: str) -> int | None:
         return ctypes.cast(getattr(ctypes.CDLL(str(library)), name), ctypes.c_void_p).value
     except AttributeError:
         return None
+
+
+def tensor_in_cpp(x: Tensor) -> int:
+    """Address of the ``TensorImpl`` of ``x``, for a C++ function that takes a tensor.
+
+    Checked on 2.13: ``Tensor._cdata``.
+    """
+    return int(x._cdata)
 
 
 def tf32_allowed() -> bool:

@@ -70,6 +70,7 @@ def generated(model: torch.nn.Module, to: Target, *, train: bool) -> list[tuple[
 
     import ttt_compiler.codegen.lowering  # noqa: F401
     from ttt_compiler import compat
+    from ttt_compiler.codegen.cpu import kept
 
     sink: list[tuple[str, str]] = []
     assert isinstance(to.arch, int)
@@ -88,6 +89,7 @@ def generated(model: torch.nn.Module, to: Target, *, train: bool) -> list[tuple[
             torch._functorch.config.patch(force_non_lazy_backward_lowering=True),
             torch._inductor.config.patch(force_disable_caches=True),
             torch.set_grad_enabled(train),
+            kept.unused(),
         ):
             model.train(train)
             torch.compile(model, backend="inplace_ttt")(input_ids=ids, use_cache=False)

@@ -8,8 +8,9 @@ where.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +21,25 @@ from ttt_compiler.spec import state_dtype
 # Kept matrices take at most this part of h, which is kept until the backward in any case: memory that grows
 # with the text as all else does, and not with the number of chunks.
 _PART_OF_H = 2
+
+
+_off = 0
+
+
+def keeps(device: torch.device) -> bool:
+    """Whether a forward on ``device`` keeps matrices: a GPU's does not."""
+    return device.type == "cpu" and not _off
+
+
+@contextlib.contextmanager
+def unused() -> Iterator[None]:
+    """Nothing is kept inside: for graphs that are recorded on a CPU in the place of a GPU."""
+    global _off
+    _off += 1
+    try:
+        yield
+    finally:
+        _off -= 1
 
 
 def count(batch: Any, length: Any, chunk: int, d_model: Any, dtype: torch.dtype) -> Any:

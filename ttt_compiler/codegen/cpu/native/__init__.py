@@ -1,7 +1,8 @@
 """Loops in C++, built on first use by the compiler that Inductor uses: one library of all files here.
 
 Only what torch has no operation for, or where calling its operations costs more than they do. Every caller
-has another way for when there is no compiler. May be changed here: the files of the library and the
+has another way for when there is no compiler; what only C++ does (v ahead of a chunk's end, writes that are
+spread) is not begun then. May be changed here: the files of the library and the
 signatures of what they export; ``ttt-compiler doctor`` says whether there is a compiler.
 """
 

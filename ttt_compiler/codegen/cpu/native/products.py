@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ttt_compiler.codegen.cpu import native
-from ttt_compiler.compat.processor import onednn_product
+from ttt_compiler.compat.processor import onednn_product, tensor_in_cpp
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -42,7 +42,7 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> 
 def _multiply(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> bool:
     found = native.library()
     assert found is not None
-    taken = found.multiply(onednn_product(), a._cdata, b._cdata, out._cdata, float(accumulate))
+    taken = found.multiply(onednn_product(), *map(tensor_in_cpp, (a, b, out)), float(accumulate))
     return bool(taken)
 
 
