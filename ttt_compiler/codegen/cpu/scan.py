@@ -119,10 +119,12 @@ def chunk_scan_backward(
     dh, dv = torch.empty_like(h), torch.zeros_like(v)
     dw0 = torch.zeros(w0.shape, dtype=state_dtype(h.dtype))
     w = _fast(w0, "scan.w", h.dtype, tuple(w0.shape), turns=True)
-    s = _fast(None, "scan.s", h.dtype, tuple(w0.shape), turns=True)
     tail = _tail(chunk, w0, decay)
     rows, kept_before = _texts(pos, batch, length, chunk, kept, tail)
     room = iter(() if kept is None else kept)
+    # The last S of the only document is dw0: it is made there.
+    alone = decay == 1.0 and [(len(padding), len(docs)) for padding, docs in rows] == [(0, 1)]
+    s = _fast(None, "scan.s", h.dtype, tuple(w0.shape), turns=True, master=dw0 if alone else None)
     for b, (padding, docs) in enumerate(rows):
         for run in padding:
             torch.mm(dy[b, run], w0, out=dh[b, run])
@@ -151,7 +153,7 @@ def chunk_scan_backward(
                 s.write(dy[b, span], h[b, span])
                 if decay != 1.0:
                     dw0 += torch.mm(dy[b, span].t(), h[b, span])
-            if decay == 1.0:
+            if decay == 1.0 and not alone:
                 dw0 += s.master
     return dh, dv, dw0.to(w0.dtype)
 
@@ -191,9 +193,16 @@ def _write(w: FastMatrix, v: Tensor, h: Tensor, span: slice, waiting: list[slice
 
 
 def _fast(
-    base: Tensor | None, slot: str, dtype: torch.dtype, shape: tuple[int, ...], *, turns: bool = False
+    base: Tensor | None,
+    slot: str,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    *,
+    turns: bool = False,
+    master: Tensor | None = None,
 ) -> FastMatrix:
-    return FastMatrix(base, workspace(slot, shape, state_dtype(dtype)), dtype, name=slot, turns=turns)
+    master = workspace(slot, shape, state_dtype(dtype)) if master is None else master
+    return FastMatrix(base, master, dtype, name=slot, turns=turns)
 
 
 def writable(v: Tensor, h: Tensor, on_nonfinite: str, index: int) -> bool:
