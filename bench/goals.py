@@ -60,11 +60,17 @@ class Goal:
     def at_the_floor(self, case: Case, peak: float | None) -> float | None:
         """The figure of a form that does nothing but the algorithm's FLOPs, at the fastest product's rate.
 
-        Of a step of decode, that of the static product with what the step must make of v; of a whole chunk of
-        steps, that of all bytes, v and the write.
+        Of a step of decode, that of its bytes or the static product and of what the step must make of v; of a
+        whole chunk of steps, that of all bytes, v and the write.
         """
-        if self.base and (least := case.seconds(WITH_V) or case.seconds(WITH_V_AND_WRITE)):
+        if self.base:
             base = case.floor() if self.base == FLOOR else case.seconds(self.base)
+            least, static, both = case.floor(), case.seconds("static"), case.seconds(WITH_V)
+            if both and static and least:
+                # The static product is there in both, and is not read where every row has a matrix.
+                least += both - static
+            elif not (least := case.seconds(WITH_V_AND_WRITE)):
+                return None
             return least / base if base else None
         floor, other = case.floor(peak), case.seconds(self.against or "")
         return other / floor if floor and other else None
