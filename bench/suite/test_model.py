@@ -25,9 +25,18 @@ def parameters(*shapes: ModelShape, full: tuple[ModelShape, ...] = (), tiny: int
     return found
 
 
-def per_token(benchmark, shape, times):
-    tokens = shape.batch * shape.tokens
-    benchmark.extra_info["seconds_per_token"] = {n: x["seconds"] / tokens for n, x in times.items()}
+@pytest.fixture
+def filed(compare, benchmark):
+    """A function that times a model's competitors, and says what a token costs in all rows."""
+
+    def run(kind, shape, runs, errors, *, tokens, rounds=5, **options):
+        times = compare(
+            runs, rounds=rounds, kind=kind, shape={**vars(shape), "lr": LR}, errors=errors, **options
+        )
+        many = shape.batch * tokens
+        benchmark.extra_info["seconds_per_token"] = {n: x["seconds"] / many for n, x in times.items()}
+
+    return run
 
 
 @pytest.mark.parametrize(
@@ -50,18 +59,10 @@ def per_token(benchmark, shape, times):
         ),
     ),
 )
-def test_logits(compare, benchmark, shape):
-    models = Models(shape)
-    runs, errors = models.logits()
+def test_logits(filed, shape):
+    runs, errors = Models(shape).logits()
     with torch.no_grad():
-        times = compare(
-            runs,
-            rounds=5,
-            kind="model logits",
-            shape={**vars(shape), "lr": LR},
-            errors=errors,
-        )
-    per_token(benchmark, shape, times)
+        filed("model logits", shape, runs, errors, tokens=shape.tokens)
 
 
 @pytest.mark.parametrize(
@@ -81,13 +82,11 @@ def test_logits(compare, benchmark, shape):
         ),
     ),
 )
-def test_prefill(compare, benchmark, shape):
+def test_prefill(filed, shape):
     """What serving runs on a prompt: a cache and fast weights that stay, and logits of the last token."""
-    models = Models(shape)
-    runs, errors = models.prefill()
+    runs, errors = Models(shape).prefill()
     with torch.no_grad():
-        times = compare(runs, rounds=5, kind="model prefill", shape={**vars(shape), "lr": LR}, errors=errors)
-    per_token(benchmark, shape, times)
+        filed("model prefill", shape, runs, errors, tokens=shape.tokens)
 
 
 @pytest.mark.parametrize(
@@ -98,11 +97,10 @@ def test_prefill(compare, benchmark, shape):
         full=(ModelShape(SMOL, 2048), ModelShape(SMOL, 1024, batch=4), ModelShape(QWEN, 1024)),
     ),
 )
-def test_model_training(compare, benchmark, shape):
+def test_model_training(filed, shape):
     """Forward, loss and backward, with gradients of every parameter."""
     runs, errors = training(Models(shape))
-    times = compare(runs, rounds=5, kind="model training", shape={**vars(shape), "lr": LR}, errors=errors)
-    per_token(benchmark, shape, times)
+    filed("model training", shape, runs, errors, tokens=shape.tokens)
 
 
 @pytest.mark.parametrize(
@@ -123,20 +121,12 @@ def test_model_training(compare, benchmark, shape):
         tiny=CHUNK,
     ),
 )
-def test_model_decode(compare, benchmark, shape):
+def test_model_decode(filed, shape):
     models = Models(shape)
     runs = models.decoders()
     with torch.no_grad():
         errors = {"ours": gate(models.fast, models.published, shape.chunk)}
-        times = compare(
-            runs,
-            rounds=7,
-            kind="model decode",
-            shape={**vars(shape), "lr": LR},
-            repeats=STEPS,
-            errors=errors,
-        )
-    benchmark.extra_info["seconds_per_token"] = {n: x["seconds"] / shape.batch for n, x in times.items()}
+        filed("model decode", shape, runs, errors, tokens=1, rounds=7, repeats=STEPS)
 
 
 @pytest.mark.parametrize(
