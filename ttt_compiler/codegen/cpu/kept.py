@@ -22,7 +22,7 @@ from ttt_compiler.spec import state_dtype
 # with the text as all else does, and not with the number of chunks.
 _PART_OF_H = 2
 
-
+# How many :func:`unused` are open.
 _off = 0
 
 

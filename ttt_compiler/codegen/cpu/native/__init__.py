@@ -2,8 +2,8 @@
 
 Only what torch has no operation for, or where calling its operations costs more than they do. Every caller
 has another way for when there is no compiler; what only C++ does (v ahead of a chunk's end, writes that are
-spread) is not begun then. May be changed here: the files of the library and the
-signatures of what they export; ``ttt-compiler doctor`` says whether there is a compiler.
+spread) is not begun then. May be changed here: the files of the library and the signatures of what they
+export; ``ttt-compiler doctor`` says whether there is a compiler.
 """
 
 from __future__ import annotations
