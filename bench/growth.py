@@ -22,6 +22,9 @@ from bench.measure import peak_bytes
 from bench.results import AT
 
 BASE = Shape(256, 768, 8192, 256)
+# The official training form keeps no state and leaves out the last write: ours is held against it likewise.
+STATELESS = "ours, no state"
+RIVALS = {"official training form": STATELESS}
 Point = tuple[int, Shape]
 
 
@@ -86,6 +89,7 @@ def prompts(layer: Layer) -> dict[str, competitors.Run]:
     args = (layer.h, layer.t, layer.w0, layer.conv, layer.proj, LR, layer.shape.chunk)
     return {
         "ours": competitors.running(layer),
+        STATELESS: competitors.forward(layer)["ours"],
         "official inference loop": competitors.looping(layer),
         "official inference loop, compiled": competitors.by_compiled_chunks(layer),
         "official training form": lambda: competitors.stacked(*args),

@@ -59,12 +59,18 @@ def graphs_of_its_own():
 def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., dict[str, dict[str, float]]]:
     """A function that times competitors and files the result.
 
-    The first one is the base of the ratios, unless ``bases`` names each one's own. Seconds are of one of the
-    ``repeats`` that a call consists of.
+    The first one is the base of the ratios, unless ``bases`` names each one's own; and ``rivals`` names which
+    form of ours a competitor is held against, if not the plain one. Seconds are of one of
+    the ``repeats`` of a call.
     """
 
     def run(
-        runs: Runs, rounds: int = 7, bases: dict[str, str] | None = None, repeats: int = 1, **info: Any
+        runs: Runs,
+        rounds: int = 7,
+        bases: dict[str, str] | None = None,
+        rivals: dict[str, str] | None = None,
+        repeats: int = 1,
+        **info: Any,
     ) -> dict[str, dict[str, float]]:
         clock, names = clock_of(torch.get_num_threads()), list(runs)
         seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -85,8 +91,14 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., dic
         benchmark.extra_info["ours_over"] = {
             name: summary(seconds[ours][1:], taken[1:])
             for name, taken in seconds.items()
-            if (ours := "".join((OURS, *name.partition(AT)[1:]))) in seconds and ours != name
+            if (ours := _ours(name, rivals or {})) in seconds and not name.startswith(OURS)
         }
         return times
 
     return run
+
+
+def _ours(name: str, rivals: dict[str, str]) -> str:
+    """Which form of ours a competitor is held against, at the same place of a sweep."""
+    competitor, *place = name.partition(AT)
+    return "".join((rivals.get(competitor, OURS), *place))

@@ -6,7 +6,20 @@ import pytest
 import torch
 
 from bench import competitors
-from bench.growth import AT, LAYERS, QUICK, SWEEPS, SmallModel, Sweep, linear, peaks, power, prompts, series
+from bench.growth import (
+    AT,
+    LAYERS,
+    QUICK,
+    RIVALS,
+    SWEEPS,
+    SmallModel,
+    Sweep,
+    linear,
+    peaks,
+    power,
+    prompts,
+    series,
+)
 from bench.layer import Layer, Shape
 from bench.measure import peak_bytes
 
@@ -39,11 +52,15 @@ def test_growth(compare, benchmark, sweep):
             runs,
             rounds=5,
             bases=bases,
+            rivals=RIVALS,
             kind="growth",
             shape={**vars(sweep.base), "variable": sweep.variable},
             errors=errors,
         )
     xs = [x for x, _ in sweep.points()]
+    for rival, ours in RIVALS.items():
+        held_against = [benchmark.extra_info["ours_over"][f"{rival}{AT}{x}"]["seconds"] for x in xs]
+        assert held_against == series(times)[ours]
     benchmark.extra_info |= {
         "variable": sweep.variable,
         "values": xs,

@@ -99,9 +99,19 @@ def test_products_of_wide_operands_stay_as_they_are():
 # --- products and writes by oneDNN -----------------------------------------------------------------------
 
 NARROW = [torch.float32, torch.bfloat16, torch.float16]
-# Of up to 512 terms in fp32, one after the other.
+# Of up to 6205 terms in fp32, one after the other.
 SUMS = 3e-6
-SIZES = [(1, 1, 1), (7, 5, 9), (64, 33, 300), (33, 300, 257), (512, 96, 520), (40, 130, 608)]
+# The last ones are summed in pieces.
+SIZES = [
+    (1, 1, 1),
+    (7, 5, 9),
+    (64, 33, 300),
+    (33, 300, 257),
+    (512, 96, 520),
+    (40, 130, 608),
+    (6205, 33, 70),
+    (4096, 64, 64),
+]
 
 
 def has_blocks(dtype):
@@ -208,7 +218,9 @@ def test_norms(dtype):
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize(("m", "k", "n"), [(1, 1, 1), (16, 7, 3), (300, 33, 700), (20, 600, 65)])
+@pytest.mark.parametrize(
+    ("m", "k", "n"), [(1, 1, 1), (16, 7, 3), (300, 33, 700), (20, 600, 65), (40, 6205, 70)]
+)
 def test_a_product_in_blocks(m, k, n, threads):
     has_blocks(torch.float32)
     a, b = torch.randn(m, k), torch.randn(k, n)

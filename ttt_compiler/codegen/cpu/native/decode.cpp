@@ -69,18 +69,13 @@ struct Decode : Operands<T, A> {
     if (some_need && !base_done) return NEEDS_BASE;
     if (!y) return NEEDS_Y;
     const A* wide = widened();
-    std::vector<A> scores;
+    std::vector<std::vector<A>> waiting(members);
     for (int64_t b : kept)
-      if (left(row(b)) > 0) {
-        scores.resize(members * chunk);
-        scores_of(keys(b), chunk, wide + b * f, scores.data() + b * chunk, f - left(row(b)), threads);
-      }
-    dense(kept, wide, scores.data());
+      if (left(row(b)) > 0) write(b, wide + b * f, waiting[b]);
+    dense(kept, wide, waiting);
     int result = int64_t(kept.size()) < members ? SOME : ALL;
-    for (int64_t b : kept) {
+    for (int64_t b : kept)
       if (row(b)[WRITES] > 0 && row(b)[FACTORED] > 0) factored(row(b), wide + b * f, y + b * d);
-      if (left(row(b)) > 0) write(b);
-    }
     append(kept);
     return result | work(kept);
   }
@@ -143,25 +138,19 @@ struct Decode : Operands<T, A> {
     }
   }
 
-  // Of the chunk whose write is in progress.
-  Keys<T> keys(int64_t b) const {
-    return {tail_h, lanes ? lanes + batch[b] * capacity : nullptr, batch[b], capacity, f, start(row(b))};
-  }
-
-  const T* values_of(int64_t b) const { return ahead.values_of(batch[b]); }
-
-  // The share of a write that belongs to one step, of all that are as long.
-  void write(int64_t b) const {
+  // The share of a write that belongs to one step, of all that are as long; and what the columns that are left then
+  // add to y: v is read once for both.
+  void write(int64_t b, const A* x, std::vector<A>& added) const {
     int64_t* me = row(b);
+    const Keys<T> keys{tail_h, lanes ? lanes + batch[b] * capacity : nullptr, batch[b], capacity, f, start(me)};
+    const Columns<T, A> all{w + me[SLOT] * d * f, me[WRITES] == 1 ? w0 : nullptr, w0_stride, ahead.values_of(batch[b]),
+                            keys,                 chunk,                          d,         threads};
     const int64_t share = ((f + spread - 1) / spread + kPanel - 1) / kPanel * kPanel;
-    const int64_t size = std::min(share, me[LEFT]);
-    const Columns<T, A> all{w + me[SLOT] * d * f, me[WRITES] == 1 ? w0 : nullptr, w0_stride, values_of(b), keys(b),
-                            chunk,                d,                              threads};
-    all.write(f - me[LEFT], size);
-    me[LEFT] -= size;
+    all.write(f - me[LEFT], std::min(share, me[LEFT]), x, added);
+    me[LEFT] -= std::min(share, me[LEFT]);
   }
 
-  void dense(const std::vector<int64_t>& kept, const A* wide, const A* scores) {
+  void dense(const std::vector<int64_t>& kept, const A* wide, const std::vector<std::vector<A>>& waiting) const {
     const int64_t blocks = (d + kBlock - 1) / kBlock;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t i = 0; i < blocks; ++i) {
@@ -177,13 +166,9 @@ struct Decode : Operands<T, A> {
           dots_of(w0 + first * w0_stride + width, wide + b * f + width, more, count, unwritten, w0_stride);
           for (int64_t r = 0; r < count; ++r) sum[r] += more[r];
         }
-        if (left(me) > 0) {
-          dots_of(values_of(b) + first * chunk, scores + b * chunk, more, count, chunk, chunk);
-          for (int64_t r = 0; r < count; ++r) sum[r] += more[r];
-        }
         for (int64_t r = 0; r < count; ++r) {
-          const A of_bias = bias ? A(widen(bias[first + r])) : A(0);
-          narrow(y[b * d + first + r], sum[r] + of_bias);
+          if (left(me) > 0) sum[r] += waiting[b][first + r];
+          narrow(y[b * d + first + r], sum[r] + (bias ? A(widen(bias[first + r])) : A(0)));
         }
       }
     }
