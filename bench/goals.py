@@ -155,6 +155,8 @@ def _models() -> Iterator[Goal]:
     for name in MODELS:
         about = of("model logits", name=name, tokens=4096, dtype="float32")
         yield Goal(f"{name}, every 6th layer, T=4096: / static compiled", 1.03, over("static"), about)
+    about = of("model decode", batch=1, dtype="float32")
+    yield Goal("model decode, B=1: / static compiled", 1.05, over("static"), about)
     reading = ("official", f"{LOOP}, compiled", "static, eager")
     for kind, names in (
         ("model logits", reading),
