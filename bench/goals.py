@@ -1,8 +1,9 @@
 """What was to be reached, and what a run reached: ``python -m bench.goals FILE... [--markdown FILE]``.
 
 A goal is a bound on one figure of the cases that it is about; the worst of them counts, and how many of the
-suite's cases there are is said. A goal that no case of the files is about is listed as not measured. May be
-changed here: bounds, with the sentence of a README that quotes one.
+suite's cases there are is said. A bound that the arithmetic alone would miss, by the fastest product of the
+same run, is past the limit; a goal that no case of the files is about is not measured. May be changed here:
+bounds, with the sentence of a README that quotes one.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ DTYPES = ("float32", "bfloat16")
 FLOOR = "floor"
 FLOOR_OF_A_STEP = "the slower of its bytes and, where W0 is read, the static product"
 MODELS = ("SmolLM2-135M", "Qwen3-0.6B")
+MET, MISSED, PAST, UNKNOWN = "yes", "NO", "PAST THE LIMIT", "NOT MEASURED"
 HEAD = ("goal", "bound", "measured [quartiles]", "at the floor", "met", "cases", "worst case")
 
 
@@ -88,6 +90,12 @@ class Goal:
     def met(self, value: float) -> bool:
         """Whether the figure is within the bound."""
         return value >= self.bound if self.least else value <= self.bound
+
+    def verdict(self, value: float, limit: float | None) -> str:
+        """Of a figure, and of what the floor would reach."""
+        if self.met(value):
+            return MET
+        return MISSED if limit is None or self.met(limit) else PAST
 
 
 def of(kind: str, *, tuned: bool | None = False, **sizes: object) -> Callable[[Case], bool]:
@@ -237,19 +245,20 @@ def table(cases: Sequence[Case]) -> Block:
         bound, intended = f"{'>=' if goal.least else '<='} {goal.bound:g}", goal.intended()
         found = goal.measured(cases)
         if not found:
-            rows.append((goal.what, bound, "-", "-", "NOT MEASURED", f"0 of {intended or '?'}", "-"))
+            rows.append((goal.what, bound, "-", "-", UNKNOWN, f"0 of {intended or '?'}", "-"))
             continue
         case, figure = found[0]
         limit = goal.at_the_floor(case, rates.get(case.machine))
         # A suite that has no such cases was not asked how many there are.
         many = f"{len(found)} of {intended}" if intended >= len(found) else str(len(found))
-        said, met = "-" if limit is None else f"{limit:.3g}", "yes" if goal.met(figure.value) else "NO"
+        said, verdict = "-" if limit is None else f"{limit:.3g}", goal.verdict(figure.value, limit)
         where = ", ".join(filter(None, (case.label, figure.where)))
-        rows.append((goal.what, bound, figure.said(goal.bound), said, met, many, where))
+        rows.append((goal.what, bound, figure.said(goal.bound), said, verdict, many, where))
     verdicts = [row[HEAD.index("met")] for row in rows]
+    met, missed, past, unknown = (verdicts.count(one) for one in (MET, MISSED, PAST, UNKNOWN))
     summary = (
-        f"{verdicts.count('yes')} of {len(rows)} met, {verdicts.count('NO')} missed, "
-        f"{verdicts.count('NOT MEASURED')} not measured. The worst case of each counts."
+        f"{met} of {len(rows)} met, {missed} missed, {past} past the limit, {unknown} not measured. "
+        "The worst case of each counts."
     )
     return Block("Goals", [summary], HEAD, rows)
 

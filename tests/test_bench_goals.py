@@ -42,9 +42,24 @@ def test_goals(record):
     assert said["decode, a step's host time in microseconds"] == ("<= 15", "17", "NO")
     assert said["decode, one layer: longest step / median, C<=512"] == ("<= 3", "9", "NO")
     counts = Counter(row["met"] for row in found.values())
-    summary = f"{counts['yes']} of {len(found)} met, {counts['NO']} missed, {counts['NOT MEASURED']} not"
+    met, missed, unknown = (counts[verdict] for verdict in ("yes", "NO", "NOT MEASURED"))
+    summary = f"{met} of {len(found)} met, {missed} missed, 0 past the limit, {unknown} not measured"
     assert block.lines[0].startswith(summary)
     assert counts["NOT MEASURED"] > 10
+
+
+@pytest.mark.parametrize(
+    ("loop", "ratio", "met"),
+    [(0.04, 0.75, "NO"), (0.027, 0.75, "PAST THE LIMIT"), (0.027, 0.7, "yes")],
+)
+def test_a_bound_that_the_arithmetic_alone_misses_is_past_the_limit(record, loop, ratio, met):
+    """A floor of 20 ms, at least 1.38 times as fast as the loop: of 27 ms that is 1.35 at the floor."""
+    shape = {"d": 1024, "f": 3072, "tokens": 4096, "chunk": 512, "batch": 1, "dtype": "float32"}
+    name = "official inference loop"
+    times = {**PREFILL["times"], name: timed(loop, 2.0)}
+    ours = {name: {"ratio": ratio, "low": ratio, "high": ratio}}
+    row = reached(record({**PREFILL, "shape": shape, "times": times, "ours_over": ours}))
+    assert row[f"prefill fp32 C=512: {name} / ours"]["met"] == met
 
 
 def test_a_goal_says_how_many_of_the_suites_cases_there_are(record):
