@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import ttt_compiler.codegen.lowering  # noqa: F401
 from bench.layer import KEY, LR, Layer, Leaving, fresh_state
+from bench.results import PRODUCTS
 from ttt_compiler.codegen import ops  # noqa: F401
 from ttt_compiler.codegen.cpu import gemm
 from ttt_compiler.codegen.cpu.native.products import multiply
@@ -179,7 +180,7 @@ def products(layer: Layer, *, state: bool) -> dict[str, Run]:
                     gemm.product(v.t(), h[b, rows], w, accumulate=True)
         return y
 
-    return {"products alone": run}
+    return {PRODUCTS: run}
 
 
 def forward(layer: Layer) -> dict[str, Run]:

@@ -25,7 +25,7 @@ from bench.figures import (
 )
 from bench.page import Block, command
 from bench.planned import planned
-from bench.results import WHOLE_CHUNK, WITH_V, WITH_V_AND_WRITE, Case, peaks
+from bench.results import PRODUCTS, WHOLE_CHUNK, WITH_V, WITH_V_AND_WRITE, Case, peaks
 
 TRAIN, LOOP = "official training form", "official inference loop"
 MEDIUM = {"d": 1024, "f": 3072, "batch": 1}
@@ -62,6 +62,7 @@ class Goal:
     def at_the_floor(self, case: Case, peak: float | None) -> float | None:
         """The figure of a form that does nothing but the algorithm's FLOPs, at the fastest product's rate.
 
+        Of a training step, of which memory does not hold every matrix, that of our form's products and no more.
         Of a step of decode, that of its bytes or the static product and of what the step must make of v; of a
         whole chunk of steps, that of all bytes, v and the write.
         """
@@ -75,6 +76,8 @@ class Goal:
                 return None
             return least / base if base else None
         floor, other = case.floor(peak), case.seconds(self.against or "")
+        if case.kind == "training":
+            floor = case.seconds(PRODUCTS) or floor
         return other / floor if floor and other else None
 
     def measured(self, cases: Sequence[Case]) -> list[tuple[Case, Figure]]:

@@ -18,6 +18,8 @@ from ttt_compiler.errors import TTTError
 # The static product, by whichever library: the fastest one is what the machine can do.
 STATIC = ("static", "torch.mm", "oneDNN")
 OURS = "ours"
+# A form's products and nothing else.
+PRODUCTS = "products alone"
 # The least that a step of decode costs whose share of v is paid when its token comes, not at the chunk's end.
 WITH_V = "static, and v"
 # Steps of a whole chunk, and the least that they can cost in all.

@@ -17,7 +17,9 @@ from bench.exact import SHORT, Exact
 from bench.growth import linear, power, state_bytes
 from bench.layer import KEY, LR, Layer, Leaving, Shape, fresh_state
 from bench.official import official
+from bench.training_products import TrainingProducts
 from ttt_compiler.codegen import reference
+from ttt_compiler.codegen.cpu import gemm, kept
 from ttt_compiler.codegen.cpu.row import Row
 from ttt_compiler.codegen.cpu.slots import RowMatrix
 from ttt_compiler.codegen.layout import DONE, FACTORED, LEFT, spread_tokens
@@ -290,3 +292,30 @@ def test_a_model_that_writes_nothing_is_not_timed(pair):
             p.zero_()
     with pytest.raises(AssertionError, match="no timing"):
         decode.gate(fast, published, 16)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(64, 192, 1024, 128),
+        Shape(64, 192, 1000, 128, 2),
+        Shape(64, 192, 1024, 32),
+        Shape(64, 64, 96, 64),
+    ],
+)
+def test_products_of_a_training_step_are_all_of_its_flops(shape, monkeypatch):
+    """What bounds a training step makes as many FLOPs as the form with so many kept matrices has."""
+    made = []
+
+    def counted(owner, name, flops):
+        call = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, **named: made.append(flops(*a)) or call(*a, **named))
+
+    counted(gemm, "project", lambda x, p, out, name: 2 * len(x) * p.numel())
+    counted(gemm, "add_product", lambda h, k, v, out, name: 2 * len(h) * len(k) * (h.shape[1] + v.shape[1]))
+    counted(gemm.FastMatrix, "write", lambda _, v, h: 2 * len(v) * v.shape[1] * h.shape[1])
+    counted(gemm.FastMatrix, "apply", lambda _, h, bias, out: 2 * h.numel() * out.shape[1])
+    counted(gemm.FastMatrix, "apply_transposed", lambda _, x, out: 2 * x.numel() * out.shape[1])
+    TrainingProducts(Layer(shape))()
+    count = kept.count(shape.batch, shape.tokens, shape.chunk, shape.d, torch.float32)
+    assert sum(made) == pytest.approx(shape.training_flops_in_memory(count))

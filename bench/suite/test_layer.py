@@ -7,6 +7,8 @@ import torch
 
 from bench import competitors
 from bench.layer import Layer, Shape
+from bench.results import PRODUCTS
+from bench.training_products import TrainingProducts
 from ttt_compiler.codegen.cpu import kept
 
 SMALL, MEDIUM, LARGE = (576, 1536), (1024, 3072), (2560, 9728)
@@ -102,6 +104,8 @@ def test_training(compare, shape):
     layer = Layer(shape)
     runs = competitors.training(layer)
     errors = layer.gate_gradients({name: run for name, run in runs.items() if name != "static"})
+    # Of training, whose products run at several rates; it is no form of the layer.
+    runs[PRODUCTS] = TrainingProducts(layer)
     count = kept.count(shape.batch, shape.tokens, shape.chunk, shape.d, layer.dtype)
     compare(
         runs,
