@@ -62,7 +62,7 @@ class Goal:
     def at_the_floor(self, case: Case, peak: float | None) -> float | None:
         """The figure of a form that does nothing but the algorithm's FLOPs, at the fastest product's rate.
 
-        Of a training step, of which memory does not hold every matrix, that of our form's products and no more.
+        Of a training step, of which memory does not hold every matrix, that of our products and no more.
         Of a step of decode, that of its bytes or the static product and of what the step must make of v; of a
         whole chunk of steps, that of all bytes, v and the write.
         """
