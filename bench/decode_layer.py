@@ -15,11 +15,11 @@ from torch.nn import functional
 
 from bench.exact import Exact
 from bench.layer import BOUNDS, KEY, LR, fresh_state, held
-from bench.results import WITH_V, WITH_V_AND_WRITE
+from bench.results import WITH_SHARE, WITH_V, WITH_V_AND_WRITE
 from ttt_compiler.codegen import ops  # noqa: F401  (registers the ops)
 from ttt_compiler.codegen.cpu.gemm import product
 from ttt_compiler.codegen.cpu.native.squares import norm
-from ttt_compiler.codegen.layout import FACTORED, LEFT, WRITES
+from ttt_compiler.codegen.layout import FACTORED, LEFT, WRITES, spread_tokens
 from ttt_compiler.codegen.reference import target
 from ttt_compiler.compat.processor import product_dtype
 from ttt_compiler.runtime.state import FastWeightState
@@ -129,7 +129,8 @@ class Decoding:
     def runs(self, clock: Callable[[], float]) -> dict[str, Callable[[], object]]:
         """Of ``STEPS`` tokens each: static, the bytes alone, a merged weight a row, the official loop, ours.
 
-        Where steps make v of a chunk, static also with that: P of as many tokens, in one product.
+        Where steps make v of a chunk, static also with that: P of as many tokens, in one product. Where they
+        write, with as large a part of the chunk's write.
         """
         merged = self.matrices().to(self.dtype).transpose(1, 2)
         static = _times(lambda: functional.linear(self.h, self.w0))
@@ -143,7 +144,24 @@ class Decoding:
         if self.makes_v():
             tokens = self.t.expand(-1, STEPS, -1).flatten(0, 1).contiguous()
             runs[WITH_V] = lambda: (static(), torch.mm(tokens, self.proj))
+        elif any(self.state.column(KEY, LEFT)):
+            shares = self._shares()
+            runs[WITH_SHARE] = lambda: (static(), shares())
         return runs
+
+    def _shares(self) -> Callable[[], None]:
+        """Of every row's write what belongs to ``STEPS`` steps, as one product a row."""
+        place, dtype = self.place, product_dtype(self.dtype)
+        width = place.f * STEPS // spread_tokens(self.spec)
+        # Small, since nothing sets W back between rounds.
+        v, h = torch.randn(place.chunk, place.d).to(dtype) * 1e-6, torch.randn(place.chunk, width).to(dtype)
+        w = torch.zeros(place.d, width, dtype=dtype)
+
+        def run() -> None:
+            for _ in range(place.batch):
+                product(v.t(), h, w, accumulate=True)
+
+        return run
 
     def _loop(self) -> Callable[[], None]:
         """The official loop here, held against fp64."""

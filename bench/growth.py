@@ -19,12 +19,9 @@ import torch
 from bench import competitors
 from bench.layer import LR, Layer, Shape, fresh_state
 from bench.measure import peak_bytes
-from bench.results import AT
+from bench.results import AT, STATELESS
 
 BASE = Shape(256, 768, 8192, 256)
-# The official training form keeps no state and leaves out the last write: ours is held against it likewise.
-STATELESS = "ours, no state"
-RIVALS = {"official training form": STATELESS}
 Point = tuple[int, Shape]
 
 
@@ -82,14 +79,14 @@ def _line(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
 
 
 def prompts(layer: Layer) -> dict[str, competitors.Run]:
-    """Ours and both official forms: a prompt, and for ours its state.
+    """Ours with a state and without, op by op, and both official forms, on a prompt.
 
     Compiled is only the loop's body, which takes as long for any text: all of it at once would be unrolled.
     """
     args = (layer.h, layer.t, layer.w0, layer.conv, layer.proj, LR, layer.shape.chunk)
     return {
         "ours": competitors.running(layer),
-        STATELESS: competitors.forward(layer)["ours"],
+        STATELESS: lambda: competitors.rewritten(*args),
         "official inference loop": competitors.looping(layer),
         "official inference loop, compiled": competitors.by_compiled_chunks(layer),
         "official training form": lambda: competitors.stacked(*args),

@@ -17,7 +17,7 @@ from bench.goals import table as goals
 from bench.measured import MACHINE, Origins, common, condition, lines
 from bench.page import Block, command
 from bench.pictures import SWEEP_OF_MEMORY, pictures
-from bench.results import AT, INSTRUCTIONS, STATIC, WHOLE_CHUNK, Case, peaks, series, steps
+from bench.results import AT, INSTRUCTIONS, RIVALS, STATIC, WHOLE_CHUNK, Case, peaks, series, steps
 
 LEGEND = (
     "Base: the first competitor of a case. In brackets: quartiles over rounds, of ratios within a round.",
@@ -133,7 +133,14 @@ def _growth(case: Case) -> list[Block]:
             {n: [_ratio(case.times[f"{n}{AT}{x}"]) for x in values] for n in cost if n != STATIC[0]},
             None,
         ),
-        "ours / it": ({n: list(map(_ratio, taken)) for n, taken in over.items() if any(taken)}, None),
+        "ours / it": (
+            {
+                f"{n} (by {RIVALS[n]})" if n in RIVALS else n: list(map(_ratio, taken))
+                for n, taken in over.items()
+                if any(taken)
+            },
+            None,
+        ),
         "MiB beside the operands": (
             {n: [_number(m, 2**-20) for m in taken] for n, taken in memory.items()},
             "fit_bytes",

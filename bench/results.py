@@ -18,10 +18,16 @@ from ttt_compiler.errors import TTTError
 # The static product, by whichever library: the fastest one is what the machine can do.
 STATIC = ("static", "torch.mm", "oneDNN")
 OURS = "ours"
+# Of a sweep: the official training form keeps no state and leaves out the last write, and so does what it is held
+# against.
+STATELESS = "ours, no state"
+RIVALS = {"official training form": STATELESS}
 # A form's products and nothing else.
 PRODUCTS = "products alone"
 # The least that a step of decode costs whose share of v is paid when its token comes, not at the chunk's end.
 WITH_V = "static, and v"
+# And of a step that writes its share of the chunk before.
+WITH_SHARE = "static, and a share of the write"
 # Steps of a whole chunk, and the least that they can cost in all.
 WHOLE_CHUNK = "step, whole chunk"
 WITH_V_AND_WRITE = "the same bytes, v and the write"
@@ -113,6 +119,12 @@ class Case:
     def lacks(self, *names: str) -> list[str]:
         """Those of the fields that are not there."""
         return [name for name in names if not self.info.get(name)]
+
+
+def held_against(name: str, rivals: dict[str, str]) -> str:
+    """Which form of ours a competitor is held against, at the same place of a sweep."""
+    competitor, *place = name.partition(AT)
+    return "".join((rivals.get(competitor, OURS), *place))
 
 
 def load(paths: Sequence[Path]) -> list[Case]:

@@ -17,6 +17,7 @@ from bench.exact import SHORT, Exact
 from bench.growth import linear, power, state_bytes
 from bench.layer import KEY, LR, Layer, Leaving, Shape, fresh_state
 from bench.official import official
+from bench.results import RIVALS, held_against
 from bench.training_products import TrainingProducts
 from ttt_compiler.codegen import reference
 from ttt_compiler.codegen.cpu import gemm, kept
@@ -319,3 +320,9 @@ def test_products_of_a_training_step_are_all_of_its_flops(shape, monkeypatch):
     TrainingProducts(Layer(shape))()
     count = kept.count(shape.batch, shape.tokens, shape.chunk, shape.d, torch.float32)
     assert sum(made) == pytest.approx(shape.training_flops_in_memory(count))
+
+
+def test_a_form_without_a_state_is_held_against_one_without():
+    assert held_against("official training form @ 512", RIVALS) == "ours, no state @ 512"
+    assert held_against("official inference loop @ 512", RIVALS) == "ours @ 512"
+    assert held_against("official training form", {}) == "ours"

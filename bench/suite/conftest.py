@@ -16,7 +16,7 @@ import torch
 
 from bench.environment import environment
 from bench.measure import clock_of, one_round, summary
-from bench.results import AT, OURS
+from bench.results import OURS, held_against
 
 Runs = dict[str, Callable[[], object]]
 
@@ -59,9 +59,8 @@ def graphs_of_its_own():
 def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., dict[str, dict[str, float]]]:
     """A function that times competitors and files the result.
 
-    The first one is the base of the ratios, unless ``bases`` names each one's own; and ``rivals`` names which
-    form of ours a competitor is held against, if not the plain one. Seconds are of one of
-    the ``repeats`` of a call.
+    The first one is the base of the ratios, unless ``bases`` names each one's own. ``rivals`` names which form
+    of ours a competitor is held against, if not the plain one. Seconds are of one of a call's ``repeats``.
     """
 
     def run(
@@ -91,14 +90,8 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., dic
         benchmark.extra_info["ours_over"] = {
             name: summary(seconds[ours][1:], taken[1:])
             for name, taken in seconds.items()
-            if (ours := _ours(name, rivals or {})) in seconds and not name.startswith(OURS)
+            if (ours := held_against(name, rivals or {})) in seconds and not name.startswith(OURS)
         }
         return times
 
     return run
-
-
-def _ours(name: str, rivals: dict[str, str]) -> str:
-    """Which form of ours a competitor is held against, at the same place of a sweep."""
-    competitor, *place = name.partition(AT)
-    return "".join((rivals.get(competitor, OURS), *place))

@@ -41,7 +41,7 @@ def test_packed(size):
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("tokens", [1, 7, 16, 33, 256])
+@pytest.mark.parametrize("tokens", [1, 7, 16, 33, 256, 4112])
 @pytest.mark.parametrize("size", [(64, 32), (320, 288), (1024, 608)])
 def test_a_write_leaves_them(size, tokens, threads):
     before = torch.get_num_threads()

@@ -178,21 +178,24 @@ def test_a_write_that_is_finished_early_is_the_same_write_bit_for_bit(dtype, aft
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("count", [1, 15, 16, 50])
-@pytest.mark.parametrize(("first", "size"), [(0, 40), (16, 16), (32, 8)])
-def test_columns_are_written_as_one_product(dtype, count, first, size):
+@pytest.mark.parametrize("upon_base", [True, False])
+@pytest.mark.parametrize(("first", "size", "threads"), [(0, 130, 1), (0, 130, 2), (16, 16, 1), (32, 8, 2)])
+def test_columns_are_written_as_one_product(dtype, count, first, size, threads, upon_base):
     """Of any number of keys, also an odd one of a dtype whose products come in pairs; nothing beside them."""
-    d, f, capacity = 13, 40, count + 3
+    d, f, capacity = 13, 130, count + 3
     tail, v = torch.randn(2, capacity, f).to(dtype), torch.randn(d, count).to(dtype)
     # What lies behind the last number of v must not matter.
     beside = torch.cat([v.flatten(), torch.full((2,), float("nan"), dtype=dtype)])
     w = torch.randn(d, f, dtype=torch.float64).to(torch.promote_types(dtype, torch.float32))
-    start, before = 5, w.double().clone()
+    start, before, base = 5, w.double().clone(), torch.randn(d, f).to(dtype)
     native.function("spread", dtype)(
-        *(w.data_ptr(), None, beside.data_ptr(), tail.data_ptr(), None),
-        *(0, 1, capacity, f, d, start, count, first, size, 1),
+        *(w.data_ptr(), base.data_ptr() if upon_base else None, beside.data_ptr(), tail.data_ptr(), None),
+        *(f, 1, capacity, f, d, start, count, first, size, threads),
     )
     keys = tail[1, torch.arange(start, start + count) % capacity].double()
     exact = before.clone()
+    if upon_base:
+        exact[:, first : first + size] = base.double()[:, first : first + size]
     exact[:, first : first + size] += (v.double() @ keys)[:, first : first + size]
     assert relative_error(w, exact) < {torch.float64: 1e-14}.get(dtype, 1e-6)
     assert torch.equal(w.double()[:, :first], before[:, :first])

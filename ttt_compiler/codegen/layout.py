@@ -127,7 +127,7 @@ def cached_rows(chunk: int, revocable: int) -> int:
 def spread_tokens(spec: SiteSpec) -> int:
     """S: over how many tokens the write of a chunk may be spread; 0 where a write cannot be split.
 
-    Three eighths of a chunk: a step then reads the keys that are not written yet and writes its share in less
+    Three eighths of a chunk: a step then writes its share and reads the keys that are not written yet in less
     than twice the time of its own read of W, for C up to 512. A norm of the whole write must be known before
     a limited one begins, decay changes what is not written too, and a derived W0 is at hand in a call alone.
     """

@@ -1,8 +1,8 @@
 """The write of a chunk over many steps of one token, so that none of them waits for it.
 
 When the last token of a chunk arrives, v of its last tokens is made, and the write begins: each following
-step reads the chunk's tokens in factored form where the write has not come to yet, and writes as many columns
-of W as bring it to its end after S steps (:func:`~ttt_compiler.codegen.layout.spread_tokens`). v is made
+step writes as many columns of W as bring it to its end after S steps, and reads the chunk's tokens in
+factored form where the write has not come to then (:func:`~ttt_compiler.codegen.layout.spread_tokens`). v is made
 while the chunk fills, in units of tokens and columns that are always the same ones, so v does not depend on
 when it was made, bit for bit (:mod:`.native.units`); nor does W on when its columns were written. The steps
 themselves are in C++ (``native/decode.cpp``), and so a write begins only where there is a compiler. May be

@@ -22,7 +22,7 @@ struct Blocks {
   T* copy;  // may be null
   int64_t depth, rows, columns;
   int before, turned, in_panels, threads;
-  int64_t apart;  // rows of A that is not turned
+  int64_t apart;  // how far rows of A lie from each other, where it is not turned
 
   static constexpr bool kPairs = sizeof(P) == 2;
 

@@ -146,8 +146,9 @@ struct Decode : Operands<T, A> {
     const Columns<T, A> all{w + me[SLOT] * d * f, me[WRITES] == 1 ? w0 : nullptr, w0_stride, ahead.values_of(batch[b]),
                             keys,                 chunk,                          d,         threads};
     const int64_t share = ((f + spread - 1) / spread + kPanel - 1) / kPanel * kPanel;
-    all.write(f - me[LEFT], std::min(share, me[LEFT]), x, added);
-    me[LEFT] -= std::min(share, me[LEFT]);
+    const int64_t size = std::min(share, me[LEFT]);
+    all.write(f - me[LEFT], size, x, added);
+    me[LEFT] -= size;
   }
 
   void dense(const std::vector<int64_t>& kept, const A* wide, const std::vector<std::vector<A>>& waiting) const {

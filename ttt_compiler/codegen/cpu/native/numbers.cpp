@@ -53,10 +53,6 @@ inline void narrow_away(T* to, const float* x, int64_t count) {
   for (int64_t i = 0; i < count; ++i) narrow(to[i], x[i]);
 }
 
-#if defined(__AVX512BF16__)
-inline __m512bh as_pairs(__m512i x) { return reinterpret_cast<const __m512bh&>(x); }
-#endif
-
 // What was narrowed away is there for other threads.
 inline void narrowed() {
 #if defined(__AVX512BF16__)

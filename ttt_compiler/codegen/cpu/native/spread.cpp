@@ -3,6 +3,12 @@ namespace {
 
 // Columns of W that are written side by side, and rows of W for which they are summed together.
 constexpr int kPanel = 16, kTile = 8;
+// Columns that are packed side by side when a write ends at once: their panels stay in the cache for all rows.
+constexpr int64_t kBite = 64;
+
+#if defined(__AVX512BF16__)
+inline __m512bh as_pairs(__m512i x) { return reinterpret_cast<const __m512bh&>(x); }
+#endif
 
 // Hidden rows of a chunk as they lie in the ring of the tail.
 template <typename T>
@@ -33,9 +39,11 @@ struct Columns {
   int64_t count, d;
   int threads;
 
-  // W[:, first:first+size] += v keys[:, first:first+size]; and ``added`` = v (keys h)[first+size:], if any are left.
+  // W[:, first:rest] += v keys[:, first:rest], rest = first + size; and ``added`` = v (keys[:, rest:] h[rest:]): empty
+  // where no column is left, or h is null.
   void write(int64_t first, int64_t size, const A* h, std::vector<A>& added) const {
-    const int64_t from = first + size;
+    const int64_t rest = first + size;
+    const bool adds = h && rest < keys.f;
     static thread_local std::vector<A> of_panels, of_keys;
     of_panels.resize(room(size));
     of_keys.resize(count);
@@ -44,15 +52,15 @@ struct Columns {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t i = 0; i < groups; ++i) {
       const int64_t n = i * kRows, end = std::min(count, n + kRows);
-      if (h && from < keys.f) dots_of_keys(n, end, h, scores, from);
+      if (adds) dots_of_keys(n, end, h, scores, rest);
       pack(panels, first, size, n, end);
     }
-    added.resize(h && from < keys.f ? d : 0);
+    added.resize(adds ? d : 0);
     const int64_t tiles = (d + kTile - 1) / kTile;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t i = 0; i < tiles; ++i) {
       const int64_t r = i * kTile, rows = std::min<int64_t>(kTile, d - r);
-      if (!added.empty()) dots_of(v + r * count, scores, added.data() + r, rows, count, count);
+      if (adds) dots_of(v + r * count, scores, added.data() + r, rows, count, count);
       for (int64_t c = 0; c < size; c += kPanel) {
         const int n = int(std::min<int64_t>(kPanel, size - c));
         if (rows == kTile)
@@ -67,18 +75,18 @@ struct Columns {
   // Room for panels of ``size`` columns.
   int64_t room(int64_t size) const { return (size + kPanel - 1) / kPanel * kPanel * count; }
 
-  // Whether two keys at a time are multiplied, by the processor's unit for bf16.
+  // Whether two keys at a time are multiplied, by the processor's unit for bf16, which takes numbers below 1e-38 for zero.
   bool pairs() const { return kByPairs && count % 2 == 0; }
 
-  // scores[n] = keys(n)[from:] . h[from:] of kRows keys or fewer, from a multiple of it.
-  void dots_of_keys(int64_t n, int64_t end, const A* h, A* scores, int64_t from) const {
+  // scores[n] = keys(n)[rest:] . h[rest:] of kRows keys or fewer, from a multiple of it.
+  void dots_of_keys(int64_t n, int64_t end, const A* h, A* scores, int64_t rest) const {
     const T* key = keys(n);
     bool together = end - n == kRows;
     for (int i = 1; together && i < kRows; ++i) together = keys(n + i) == key + i * keys.f;
     if (together)
-      dots<kRows>(key + from, h + from, scores + n, keys.f - from, keys.f);
+      dots<kRows>(key + rest, h + rest, scores + n, keys.f - rest, keys.f);
     else
-      for (; n < end; ++n) dots<1>(keys(n) + from, h + from, scores + n, keys.f - from, keys.f);
+      for (; n < end; ++n) dots<1>(keys(n) + rest, h + rest, scores + n, keys.f - rest, keys.f);
   }
 
   // Columns [first, first + size) of keys [from, to), in panels [size / kPanel][count][kPanel], or pairs of them
@@ -150,8 +158,9 @@ struct Columns {
                                 int64_t base_stride, int64_t lane, int64_t capacity, int64_t f, int64_t d,         \
                                 int64_t start, int64_t count, int64_t first, int64_t size, int threads) {          \
     std::vector<A> unused;                                                                                         \
-    Columns<T, A>{w, base, base_stride, v, Keys<T>{tail, lanes, lane, capacity, f, start}, count, d, threads}      \
-        .write(first, size, nullptr, unused);                                                                      \
+    const Columns<T, A> all{w,     base, base_stride, v, Keys<T>{tail, lanes, lane, capacity, f, start},           \
+                            count, d,    threads};                                                                 \
+    for (int64_t c = 0; c < size; c += kBite) all.write(first + c, std::min(kBite, size - c), nullptr, unused);    \
   }
 
 TTT_SPREAD(float32, float, float)
