@@ -18,8 +18,8 @@ from ttt_compiler.errors import TTTError
 # The static product, by whichever library: the fastest one is what the machine can do.
 STATIC = ("static", "torch.mm", "oneDNN")
 OURS = "ours"
-# Of a sweep: the official training form keeps no state and leaves out the last write, and so does what it is held
-# against.
+# Of a sweep: the official training form keeps no state and leaves out the last write, and so does what it is
+# held against.
 STATELESS = "ours, no state"
 RIVALS = {"official training form": STATELESS}
 # A form's products and nothing else.

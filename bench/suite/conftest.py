@@ -59,8 +59,8 @@ def graphs_of_its_own():
 def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., dict[str, dict[str, float]]]:
     """A function that times competitors and files the result.
 
-    The first one is the base of the ratios, unless ``bases`` names each one's own. ``rivals`` names which form
-    of ours a competitor is held against, if not the plain one. Seconds are of one of a call's ``repeats``.
+    The first one is the base of the ratios, unless ``bases`` names each one's own. ``rivals`` names which of
+    our forms a competitor is held against, if not the plain one. Seconds are of one of a call's ``repeats``.
     """
 
     def run(

@@ -2,11 +2,11 @@
 
 When the last token of a chunk arrives, v of its last tokens is made, and the write begins: each following
 step writes as many columns of W as bring it to its end after S steps, and reads the chunk's tokens in
-factored form where the write has not come to then (:func:`~ttt_compiler.codegen.layout.spread_tokens`). v is made
-while the chunk fills, in units of tokens and columns that are always the same ones, so v does not depend on
-when it was made, bit for bit (:mod:`.native.units`); nor does W on when its columns were written. The steps
-themselves are in C++ (``native/decode.cpp``), and so a write begins only where there is a compiler. May be
-changed here: what a call does that is no such step.
+factored form where the write has not come to then (:func:`~ttt_compiler.codegen.layout.spread_tokens`). v
+is made while the chunk fills, in units of tokens and columns that are always the same ones, so v does not
+depend on when it was made, bit for bit (:mod:`.native.units`); nor does W on when its columns were written.
+The steps themselves are in C++ (``native/decode.cpp``), and so a write begins only where there is a
+compiler. May be changed here: what a call does that is no such step.
 """
 
 from __future__ import annotations

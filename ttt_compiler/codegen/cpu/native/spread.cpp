@@ -75,7 +75,7 @@ struct Columns {
   // Room for panels of ``size`` columns.
   int64_t room(int64_t size) const { return (size + kPanel - 1) / kPanel * kPanel * count; }
 
-  // Whether two keys at a time are multiplied, by the processor's unit for bf16, which takes numbers below 1e-38 for zero.
+  // Whether two keys at a time are multiplied, by the processor's unit for bf16: numbers below 1e-38 are zero to it.
   bool pairs() const { return kByPairs && count % 2 == 0; }
 
   // scores[n] = keys(n)[rest:] . h[rest:] of kRows keys or fewer, from a multiple of it.
