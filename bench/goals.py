@@ -26,14 +26,14 @@ from bench.figures import (
 from bench.page import Block, command
 from bench.planned import planned
 from bench.results import (
-    OURS,
     PRODUCTS,
-    STATELESS,
+    RIVALS,
     WHOLE_CHUNK,
     WITH_SHARE,
     WITH_V,
     WITH_V_AND_WRITE,
     Case,
+    held_against,
     peaks,
 )
 
@@ -163,10 +163,9 @@ def _never_slower() -> Iterator[Goal]:
             for name in (x for form in forms for x in (form, f"{form}, compiled")):
                 what = f"{kind}, every shape, {allocator} allocator: ours / {name}"
                 yield Goal(what, 1.0, over(name), of(kind, tuned=tuned))
-    for name, form in ((TRAIN, STATELESS), (LOOP, OURS), (f"{LOOP}, compiled", OURS)):
-        yield Goal(
-            f"growth, every point of a sweep: {form} / {name}", 1.0, along(name), _sweeps(layers=False)
-        )
+    for name in (TRAIN, LOOP, f"{LOOP}, compiled"):
+        what = f"growth, every point of a sweep: {held_against(name, RIVALS)} / {name}"
+        yield Goal(what, 1.0, along(name), _sweeps(layers=False))
     what = f"growth, 1 to 8 fast layers of a model: ours / {LOOP}"
     yield Goal(what, 1.0, along(LOOP), _sweeps(layers=True))
 

@@ -104,7 +104,7 @@ def test_training(compare, shape):
     layer = Layer(shape)
     runs = competitors.training(layer)
     errors = layer.gate_gradients({name: run for name, run in runs.items() if name != "static"})
-    # Of training, whose products run at several rates; it is no form of the layer.
+    # No form of the layer: what bounds ours.
     runs[PRODUCTS] = TrainingProducts(layer)
     count = kept.count(shape.batch, shape.tokens, shape.chunk, shape.d, layer.dtype)
     compare(

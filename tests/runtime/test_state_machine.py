@@ -536,11 +536,8 @@ def test_writes_are_skipped_between_others(machine):
     run.begin(batch=1, chunk=3, revocable=0, control="skip", shared=False, spread=True)
     (live,) = run.live
     for i in range(8):
-        if i % 2 == 0:
-            # The next eight are finite: 8, 9, 10, 0, .., 4 by the eleventh, and 5 comes behind them.
-            run.token += (7 - run.token) % BAD
-        else:
-            run.token += (4 - run.token) % BAD
+        # Behind 7 the next eight are finite: 8, 9, 10, 0, .., 4 by the eleventh. Behind 4 the next is not.
+        run.token += ((4 if i % 2 else 7) - run.token) % BAD
         for _ in range(live.one.chunk):
             run.append(0, 1)
             run.every_state_is_its_model()

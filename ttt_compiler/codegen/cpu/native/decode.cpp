@@ -142,9 +142,14 @@ struct Decode : Operands<T, A> {
   // add to y: v is read once for both.
   void write(int64_t b, const A* x, std::vector<A>& added) const {
     int64_t* me = row(b);
-    const Keys<T> keys{tail_h, lanes ? lanes + batch[b] * capacity : nullptr, batch[b], capacity, f, start(me)};
-    const Columns<T, A> all{w + me[SLOT] * d * f, me[WRITES] == 1 ? w0 : nullptr, w0_stride, ahead.values_of(batch[b]),
-                            keys,                 chunk,                          d,         threads};
+    const Columns<T, A> all{w + me[SLOT] * d * f,
+                            me[WRITES] == 1 ? w0 : nullptr,
+                            w0_stride,
+                            ahead.values_of(batch[b]),
+                            ahead.keys_of(batch[b], start(me)),
+                            chunk,
+                            d,
+                            threads};
     const int64_t share = ((f + spread - 1) / spread + kPanel - 1) / kPanel * kPanel;
     const int64_t size = std::min(share, me[LEFT]);
     all.write(f - me[LEFT], size, x, added);

@@ -24,6 +24,7 @@ struct Ahead : Material<T, A> {
   int64_t reach(const Unit& unit) const { return std::min(chunk, unit.stop + kernel - 1 - kernel / 2); }
 
   A* norms_of(int64_t r) const { return norms + r * norm_columns; }
+  Keys<T> keys_of(int64_t r, int64_t first) const { return in_tail(tail_h, f, r, first); }
   T* values_of(int64_t r) const { return tail_v + (r + 1) * values_stride - d * chunk; }
 
   // Whether nothing would ever be written.
@@ -34,6 +35,11 @@ struct Ahead : Material<T, A> {
   }
 
  private:
+  // Rows of a tail of row r, from a token of its document on.
+  Keys<T> in_tail(const T* tail, int64_t width, int64_t r, int64_t first) const {
+    return {tail, lanes ? lanes + r * capacity : nullptr, r, capacity, width, first};
+  }
+
   // v of a unit and of the parts up to ``last``.
   void multiply(const int64_t* me, int64_t r, const Unit& unit, int64_t last) const {
     T* v = values_of(r);
@@ -65,7 +71,7 @@ struct Ahead : Material<T, A> {
   // Norms of a unit: of its v, and of as large a part of h.
   void measure(const int64_t* me, int64_t r, const Unit& unit) const {
     const T* v = values_of(r) + unit.first;
-    const Keys<T> keys{tail_h, lanes ? lanes + r * capacity : nullptr, r, capacity, f, me[DONE] * chunk};
+    const Keys<T> keys = keys_of(r, me[DONE] * chunk);
     const int64_t from = f * unit.part / unit.parts, to = f * (unit.part + 1) / unit.parts;
     Squares<T, A> of_v, of_h;
     for (int64_t c = edge(unit, unit.part); c < edge(unit, unit.part + 1); ++c)
@@ -90,7 +96,7 @@ struct Ahead : Material<T, A> {
 
   // Targets of tokens [low, high) of the chunk, one after the other.
   const T* tokens(const int64_t* me, int64_t r, int64_t low, int64_t high) const {
-    const Keys<T> rows{tail_t, lanes ? lanes + r * capacity : nullptr, r, capacity, dt, me[DONE] * chunk};
+    const Keys<T> rows = in_tail(tail_t, dt, r, me[DONE] * chunk);
     bool together = true;
     for (int64_t n = low + 1; together && n < high; ++n) together = rows(n) == rows(low) + (n - low) * dt;
     if (together) return rows(low);
