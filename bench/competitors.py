@@ -122,8 +122,7 @@ class _SameLibrary(torch.autograd.Function):
 
 def rewritten(h: Tensor, t: Tensor, w0: Tensor, conv: Tensor, proj: Tensor, lr: float, chunk: int) -> Tensor:
     """What the rewrite pass makes of a layer without a state."""
-    c = torch.ops.ttt.chunk_conv(t, conv * lr, None, chunk)
-    v = torch.ops.ttt.chunk_project(c, proj, None, chunk)
+    v = torch.ops.ttt.chunk_values(t, conv * lr, proj, None, chunk)
     return torch.ops.ttt.chunk_scan(h, v, w0, None, None, chunk)
 
 

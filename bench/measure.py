@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from ttt_compiler.codegen.cpu.gemm import release_workspaces
+from ttt_compiler.codegen.cpu.workspaces import release_workspaces
 
 
 def clock_of(threads: int) -> Callable[[], float]:

@@ -53,12 +53,12 @@ def test_no_other_places_cost_less(n, many, tail):
     assert cost(marks) <= min(map(cost, choices)) + 1e-9
 
 
-def test_kept_matrices_take_at_most_half_of_h():
+def test_kept_matrices_take_less_than_h():
     for batch, length, d, dtype in ((1, 8192, 1024, torch.float32), (4, 4096, 2560, torch.bfloat16)):
         h, w0 = torch.empty(batch, length, 8, dtype=dtype), torch.empty(d, 8, dtype=dtype)
         made = kept.room(h, w0, 256)
         assert made.dtype == torch.float32
-        assert 0 < made.numel() * 4 <= h.numel() * dtype.itemsize / 2 < (len(made) + 1) * d * 8 * 4
+        assert 0 < made.numel() * 4 <= h.numel() * dtype.itemsize * 7 / 8 < (len(made) + 1) * d * 8 * 4
     assert len(kept.room(torch.empty(1, 4096, 8), torch.empty(4, 8), 1024)) == 4  # no more than chunks
 
 
@@ -82,7 +82,7 @@ def test_gradients_are_those_of_the_reference(monkeypatch, starts, many, tail):
     h, t, w0, conv, proj, bias = given
     pos = packed(length, starts)
     weights = torch.randn(1, length, len(w0), dtype=torch.float64)
-    v = torch.ops.ttt.chunk_project(torch.ops.ttt.chunk_conv(t, conv * LR, pos, C), proj, pos, C)
+    v = torch.ops.ttt.chunk_values(t, conv * LR, proj, pos, C)
     y = torch.ops.ttt.chunk_scan(h, v, w0, bias, pos, C)
     ours = torch.autograd.grad(y, given, weights)
     exact = reference.batched(h, t, w0, conv, proj, LR, C, pos, bias)

@@ -19,7 +19,7 @@ def fresh_code():
 
 
 def conv_and_scan(h, t, w0, conv, proj, bias, pos):
-    v = torch.ops.ttt.chunk_project(torch.ops.ttt.chunk_conv(t + t, conv, pos, 5), proj, pos, 5)
+    v = torch.ops.ttt.chunk_values(t + t, conv, proj, pos, 5)
     return torch.ops.ttt.chunk_scan(h, v, w0, bias, pos, 5)
 
 
@@ -27,7 +27,7 @@ def test_conv_and_scan_write_into_planned_memory():
     args = problem()
     compiled = torch.compile(conv_and_scan, fullgraph=True)
     out, (code,) = run_and_get_code(compiled, *args, None)
-    for kernel in ("conv", "project", "scan"):
+    for kernel in ("values", "scan"):
         call = code.split(f"extern_kernels.ttt_chunk_{kernel}(")
         assert "out=buf" in call[1].split("\n")[0], kernel
     assert relative_error(out, conv_and_scan(*args, None)) < FP64

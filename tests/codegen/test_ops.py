@@ -35,7 +35,7 @@ def positions(length=23):
 
 
 def stateless(h, t, w0, conv, proj, bias, pos, chunk=C):
-    v = torch.ops.ttt.chunk_project(torch.ops.ttt.chunk_conv(t, conv * LR, pos, chunk), proj, pos, chunk)
+    v = torch.ops.ttt.chunk_values(t, conv * LR, proj, pos, chunk)
     return torch.ops.ttt.chunk_scan(h, v, w0, bias, pos, chunk)
 
 
@@ -102,21 +102,37 @@ def test_gradients(pos):
 @pytest.mark.parametrize("length", [1, 5, 6, 23])
 def test_targets_of_last_chunks_are_not_made(length, pos):
     """Nobody reads them: zeros, and no gradient."""
-    _, t, _, _, proj, _ = problem(length, grad=True)
+    _, t, _, conv, proj, _ = problem(length, grad=True)
     p = None if pos is None else pos[:, :length]
-    v = torch.ops.ttt.chunk_project(t, proj, p, C)
+    v = torch.ops.ttt.chunk_values(t, conv, proj, p, C)
     made = torch.zeros(B, length, dtype=torch.bool)
     starts = [[0]] * B if p is None else [row.eq(0).nonzero().flatten().tolist() for row in p]
     for b, begun in enumerate(starts):
         for start, bound in zip(begun, [*begun, length][1:], strict=True):
             stop = bound if p is None else start + int((p[b, start:bound] >= 0).sum())
             made[b, start : start + (stop - start - 1) // C * C] = True
-    assert torch.equal(v, torch.where(made[..., None], t @ proj, 0.0))
+    exact = torch.where(made[..., None], torch.ops.ttt.chunk_conv(t, conv, p, C) @ proj, 0.0)
+    assert relative_error(v, exact) < FP64 if made.any() else not v.any()
+    assert not v[~made].any()
     grad = torch.randn_like(v)
-    got = torch.autograd.grad(v, (t, proj), grad)
-    want = torch.autograd.grad(torch.where(made[..., None], t @ proj, 0.0), (t, proj), grad)
+    got = torch.autograd.grad(v, (t, conv, proj), grad)
+    want = torch.autograd.grad(exact, (t, conv, proj), grad)
     assert all(relative_error(a, b) < FP64 for a, b in zip(got, want, strict=True) if b.any())
     assert all(not a.any() for a, b in zip(got, want, strict=True) if not b.any())
+
+
+@pytest.mark.parametrize("which", [(0,), (1,), (2,), (0, 2)])
+def test_values_have_the_gradients_that_are_asked_for(which):
+    _, t, _, conv, proj, _ = problem()
+    given = [t, conv, proj]
+    for i in which:
+        given[i].requires_grad_()
+    asked = [given[i] for i in which]
+    v = torch.ops.ttt.chunk_values(*given, positions(), C)
+    ours = torch.autograd.grad(v.square().sum(), asked)
+    apart = torch.ops.ttt.chunk_conv(t, conv, positions(), C) @ proj
+    plain = torch.autograd.grad((v.detach() != 0).mul(apart).square().sum(), asked)
+    assert all(relative_error(a, b) < FP64 for a, b in zip(ours, plain, strict=True))
 
 
 def test_gradcheck():
@@ -248,8 +264,10 @@ def test_opcheck(pos):
     check = torch.library.opcheck
     check(torch.ops.ttt.chunk_conv.default, (t, conv, pos, C))
     check(torch.ops.ttt.chunk_conv_dweight.default, (v.detach(), t.detach(), pos, C, K))
-    check(torch.ops.ttt.chunk_project.default, (t, proj, pos, C))
-    check(torch.ops.ttt.chunk_project_dweight.default, (v.detach(), t.detach(), pos, C))
+    check(torch.ops.ttt.chunk_values.default, (t, conv, proj, pos, C))
+    plain = [x.detach() for x in (v, t, conv, proj)]
+    for needed in ([True, True, True], [False, True, False]):
+        check(torch.ops.ttt.chunk_values_backward.default, (*plain, pos, C, needed))
     check(torch.ops.ttt.chunk_scan.default, (h, v, w0, bias, pos, C))
     check(torch.ops.ttt.chunk_scan.default, (h, v, w0, None, pos, C))
     check(

@@ -108,8 +108,9 @@ def _again(shape: ScanShape, device: Device) -> tuple[Phase, ...]:
     flops = 2.0 * reads * c * c * (d + f)
     moved = 2 * reads * c * (d + f) * shape.dtype.itemsize
     rate = rate_of(device, _library(shape, device), shape.dtype)
-    # Copied in the forward, and back where a stretch begins.
-    copied = 4 * matrices * d * f * shape.state_itemsize
+    # W is made where it is kept and read there, but by a write of narrower operands, which copies it first.
+    narrow = shape.dtype.itemsize < shape.state_itemsize
+    copied = 4 * matrices * d * f * shape.state_itemsize if narrow else 0
     return (
         *phases,
         Phase("read unwritten", flops, flops / rate, hbm=moved, launches=2 * reads),

@@ -32,16 +32,15 @@ def _conv_backward(ctx: Any, dv: Tensor) -> tuple[Any, ...]:
     return dt, dw, None, None
 
 
-def _project_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _values_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *saved, ctx.chunk = inputs
     ctx.save_for_backward(*saved)
 
 
-def _project_backward(ctx: Any, dv: Tensor) -> tuple[Any, ...]:
-    c, proj, pos = ctx.saved_tensors
-    dc = torch.ops.ttt.chunk_project(dv, proj.t(), pos, ctx.chunk) if ctx.needs_input_grad[0] else None
-    dp = torch.ops.ttt.chunk_project_dweight(dv, c, pos, ctx.chunk) if ctx.needs_input_grad[1] else None
-    return dc, dp, None, None
+def _values_backward(ctx: Any, dv: Tensor) -> tuple[Any, ...]:
+    needed = list(ctx.needs_input_grad[:3])
+    grads = torch.ops.ttt.chunk_values_backward(dv, *ctx.saved_tensors, ctx.chunk, needed)
+    return *(grad if need else None for grad, need in zip(grads, needed, strict=True)), None, None
 
 
 class _RecordedScan(torch.autograd.Function):
@@ -97,6 +96,6 @@ def _limit_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 # Backward and setup of each of the others.
 FORMULAS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "chunk_conv": (_conv_backward, _conv_setup),
-    "chunk_project": (_project_backward, _project_setup),
+    "chunk_values": (_values_backward, _values_setup),
     "limit_writes": (_limit_backward, _limit_setup),
 }

@@ -1,5 +1,5 @@
 """Inductor lowerings of the scan ops; those of what makes v are in ``lowering_conv.py`` and
-``lowering_project.py``.
+``lowering_values.py``.
 
 - On GPUs they become templates of our Triton kernel, see ``lowering_gpu.py``.
 - On CPU ``ttt::chunk_scan`` becomes an extern kernel with an ``out=`` buffer, so its result lives in the
@@ -22,7 +22,7 @@ from torch._inductor.select_algorithm import ExternKernelChoice
 from torch._inductor.virtualized import V
 
 from ttt_compiler.codegen import lowering_conv as lowering_conv
-from ttt_compiler.codegen import lowering_project as lowering_project
+from ttt_compiler.codegen import lowering_values as lowering_values
 from ttt_compiler.codegen import ops as ttt_ops  # noqa: F401  (the ops must exist)
 from ttt_compiler.codegen.cpu import scan as cpu_scan
 from ttt_compiler.codegen.target import uses_triton

@@ -4,8 +4,9 @@
   only exists to carry parameters, positions and state into the captured graph, and names the weight by
   being given it; the rewrite pass removes it. Running it means that the model is not compiled with our
   backend, so its kernel raises. It returns its first argument.
-- ``ttt::chunk_conv``, ``ttt::chunk_project``, ``ttt::limit_writes``, ``ttt::chunk_scan`` (+ their backward
-  ops): the stateless, differentiable form. On GPUs the projection is an ordinary matmul instead.
+- ``ttt::chunk_conv``, ``ttt::chunk_values``, ``ttt::limit_writes``, ``ttt::chunk_scan`` (+ their backward
+  ops): the stateless, differentiable form. ``chunk_values`` is convolution and projection on CPU; on GPUs the
+  projection is an ordinary matmul behind ``chunk_conv``.
 - ``ttt::chunk_scan_keeping``: chunk_scan where autograd records it on CPU; its second output is W of some
   chunks, for the backward.
 - ``ttt::chunk_table``, ``ttt::chunk_places``: chunks of a batch for kernels that must not wait for the host.
@@ -33,9 +34,9 @@ from ttt_compiler.codegen.cpu import controls as cpu_controls
 from ttt_compiler.codegen.cpu import conv as cpu_conv
 from ttt_compiler.codegen.cpu import kept as cpu_kept
 from ttt_compiler.codegen.cpu import native
-from ttt_compiler.codegen.cpu import project as cpu_project
 from ttt_compiler.codegen.cpu import scan as cpu_scan
 from ttt_compiler.codegen.cpu import step as cpu_step
+from ttt_compiler.codegen.cpu import target_values as cpu_values
 from ttt_compiler.codegen.cpu.native import op as native_op
 from ttt_compiler.codegen.gpu.library import chunk_scan_backward_library
 from ttt_compiler.codegen.kernels.chunk_table import (
@@ -61,8 +62,11 @@ _lib.define("skip_nonfinite(Tensor? table, Tensor v, Tensor h, int chunk) -> Ten
 _lib.define("chunk_places(Tensor pos, int chunk) -> Tensor")
 _lib.define("chunk_conv(Tensor t, Tensor conv, Tensor? pos, int chunk) -> Tensor")
 _lib.define("chunk_conv_dweight(Tensor dv, Tensor t, Tensor? pos, int chunk, int kernel) -> Tensor")
-_lib.define("chunk_project(Tensor c, Tensor proj, Tensor? pos, int chunk) -> Tensor")
-_lib.define("chunk_project_dweight(Tensor dv, Tensor c, Tensor? pos, int chunk) -> Tensor")
+_lib.define("chunk_values(Tensor t, Tensor conv, Tensor proj, Tensor? pos, int chunk) -> Tensor")
+_lib.define(
+    "chunk_values_backward(Tensor dv, Tensor t, Tensor conv, Tensor proj, Tensor? pos, int chunk, "
+    "bool[3] needed) -> (Tensor, Tensor, Tensor)"
+)
 _lib.define(
     "limit_writes(Tensor v, Tensor h, Tensor? limit, Tensor? pos, int chunk, bool unit_keys) -> Tensor"
 )
@@ -192,8 +196,8 @@ _lib.impl("chunk_places", chunk_places, "CompositeExplicitAutograd")
 _lib.impl("chunk_scan_backward_library", chunk_scan_backward_library, "CompositeExplicitAutograd")
 _lib.impl("chunk_conv", cpu_conv.chunk_conv, "CPU")
 _lib.impl("chunk_conv_dweight", cpu_conv.chunk_conv_dweight, "CPU")
-_lib.impl("chunk_project", cpu_project.chunk_project, "CPU")
-_lib.impl("chunk_project_dweight", cpu_project.chunk_project_dweight, "CPU")
+_lib.impl("chunk_values", cpu_values.chunk_values, "CPU")
+_lib.impl("chunk_values_backward", cpu_values.chunk_values_backward, "CPU")
 _lib.impl("limit_writes", cpu_controls.limit_writes, "CPU")
 _lib.impl("limit_writes_backward", cpu_controls.limit_writes_backward, "CPU")
 _lib.impl("chunk_scan", cpu_scan.chunk_scan, "CPU")
@@ -271,15 +275,19 @@ def _(dv: Tensor, t: Tensor, pos: Tensor | None, chunk: int, kernel: int) -> Ten
     return t.new_empty(t.shape[-1], 1, kernel)
 
 
-@torch.library.register_fake("ttt::chunk_project", lib=_lib)
-def _(c: Tensor, proj: Tensor, pos: Tensor | None, chunk: int) -> Tensor:
-    torch._check(c.shape[-1] == proj.shape[0], lambda: "c and proj disagree on the width of a target")
-    return c.new_empty(*c.shape[:-1], proj.shape[1])
+@torch.library.register_fake("ttt::chunk_values", lib=_lib)
+def _(t: Tensor, conv: Tensor, proj: Tensor, pos: Tensor | None, chunk: int) -> Tensor:
+    torch._check(conv.shape[0] == t.shape[-1], lambda: "conv must have one row of taps per channel of t")
+    torch._check(t.shape[-1] == proj.shape[0], lambda: "t and proj disagree on the width of a target")
+    return t.new_empty(*t.shape[:-1], proj.shape[1])
 
 
-@torch.library.register_fake("ttt::chunk_project_dweight", lib=_lib)
-def _(dv: Tensor, c: Tensor, pos: Tensor | None, chunk: int) -> Tensor:
-    return c.new_empty(c.shape[-1], dv.shape[-1])
+@torch.library.register_fake("ttt::chunk_values_backward", lib=_lib)
+def _(
+    dv: Tensor, t: Tensor, conv: Tensor, proj: Tensor, pos: Tensor | None, chunk: int, needed: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    shapes = [x.shape if need else (0,) for x, need in zip((t, conv, proj), needed, strict=True)]
+    return t.new_empty(shapes[0]), conv.new_empty(shapes[1]), proj.new_empty(shapes[2])
 
 
 @torch.library.register_fake("ttt::limit_writes", lib=_lib)
@@ -306,7 +314,8 @@ def _(h: Tensor, v: Tensor, w0: Tensor, *_: object) -> Tensor:
 
 @torch.library.register_fake("ttt::chunk_scan_keeping", lib=_lib)
 def _(h: Tensor, v: Tensor, w0: Tensor, bias: Any, pos: Any, chunk: int, *_: object) -> tuple[Tensor, Tensor]:
-    return h.new_empty(h.shape[0], h.shape[1], w0.shape[0]), cpu_kept.room(h, w0, chunk)
+    y = h.new_empty(h.shape[0], h.shape[1], w0.shape[0])
+    return y, h.new_empty(cpu_kept.shape(h, w0, chunk), dtype=state_dtype(h.dtype))
 
 
 @torch.library.register_fake("ttt::chunk_scan_backward", lib=_lib)

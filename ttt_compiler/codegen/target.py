@@ -34,14 +34,14 @@ def memoised(what: str, pos: Any, chunk: int, make: Callable[[], Any]) -> Any:
 
 
 def on_cpu(
-    kernel: Any, fallback: Callable[..., Any], operands: tuple[Any, Any, Any], chunk: int, width: Any
+    kernel: Any, fallback: Callable[..., Any], operands: tuple[Any, ...], chunk: int, width: Any
 ) -> Any:
     """An extern kernel whose result ``[B, T, width]`` lies in the graph's planned memory.
 
     Args:
         kernel: takes the operands that exist, ``chunk`` and ``out``.
         fallback: the op itself.
-        operands: tokens ``[B, T, .]``, what is applied to them, and positions or None.
+        operands: tokens ``[B, T, .]``, what is applied to them in turn, and positions or None.
         chunk: C.
         width: of the result.
     """

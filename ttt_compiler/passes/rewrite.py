@@ -1,8 +1,8 @@
 """Pass: turn every bound down-projection into a fast-weight node.
 
-With state tensors in the marker: one mutating ``ttt::fast_weight_step``. Without: ``ttt::chunk_conv`` with
-eta folded into its taps, the projection P (``ttt::chunk_project``, on GPUs an ordinary matmul), and
-``ttt::chunk_scan``, all differentiable. What stood around the contraction (bias adds, dropout, norms,
+With state tensors in the marker: one mutating ``ttt::fast_weight_step``. Without: ``ttt::chunk_values`` (on
+GPUs ``ttt::chunk_conv`` and an ordinary matmul) with eta folded into the taps, and ``ttt::chunk_scan``, all
+differentiable. What stood around the contraction (bias adds, dropout, norms,
 residual) is untouched. May be changed here: the replacement, together with the op schemas.
 """
 
@@ -97,11 +97,11 @@ def _fast_node(
     rule = spec.rule
     # eta belongs to the taps: there it costs K multiplications a channel.
     taps = b.call(operator.mul, conv, spec.write_scale)
-    v = b.call(torch.ops.ttt.chunk_conv.default, t, taps, site.pos, spec.chunk)
-    if proj is not None:
-        if b.device.type == "cpu":
-            v = b.call(torch.ops.ttt.chunk_project.default, v, proj, site.pos, spec.chunk)
-        else:
+    if proj is not None and b.device.type == "cpu":
+        v = b.call(torch.ops.ttt.chunk_values.default, t, taps, proj, site.pos, spec.chunk)
+    else:
+        v = b.call(torch.ops.ttt.chunk_conv.default, t, taps, site.pos, spec.chunk)
+        if proj is not None:
             v = b.call(torch.matmul, v, proj)
     if rule.limited or rule.keys == "unit":
         limit = _limit(b, w0, rule)

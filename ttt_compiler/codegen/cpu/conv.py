@@ -43,13 +43,18 @@ def chunk_conv_dweight(dv: Tensor, t: Tensor, pos: Tensor | None, chunk: int, ke
     """Gradient of :func:`chunk_conv` for its taps, ``[Dt, 1, K]``, accumulated in fp32 within a chunk."""
     acc = torch.zeros(kernel, t.shape[-1], dtype=torch.float64)
     for grad, src in _chunk_views(pos, chunk, dv.contiguous(), t.contiguous()):
-        if taps_gradient(grad, src, acc):
-            continue
-        for k, (to, frm) in enumerate(_overlaps(src.shape[-2], kernel)):
-            prod = grad[..., to, :] * src[..., frm, :]
-            summed = torch.promote_types(t.dtype, torch.float32)
-            acc[k] += prod.sum(dim=tuple(range(prod.dim() - 1)), dtype=summed)
+        add_taps_gradient(grad, src, acc)
     return acc.t()[:, None].to(t.dtype).contiguous()
+
+
+def add_taps_gradient(grad: Tensor, src: Tensor, out: Tensor) -> None:
+    """Whole chunks: grad and src ``[..., m, Dt]`` with m <= C, out fp64 ``[K, Dt]``."""
+    if taps_gradient(grad, src, out):
+        return
+    for k, (to, frm) in enumerate(_overlaps(src.shape[-2], len(out))):
+        prod = grad[..., to, :] * src[..., frm, :]
+        summed = torch.promote_types(src.dtype, torch.float32)
+        out[k] += prod.sum(dim=tuple(range(prod.dim() - 1)), dtype=summed)
 
 
 def convolve(src: Tensor, taps: Tensor, out: Tensor) -> None:

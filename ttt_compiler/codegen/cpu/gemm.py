@@ -12,7 +12,6 @@ times for fp16).
 from __future__ import annotations
 
 import functools
-import threading
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from ttt_compiler.codegen.cpu.native import blocks, panels
 from ttt_compiler.codegen.cpu.native.products import multiply
+from ttt_compiler.codegen.cpu.workspaces import workspace
 from ttt_compiler.compat.processor import product_dtype
 
 # Measured at D=1024 F=3072: 16 rows 68 GF/s by oneDNN, 54 by MKL; one row 24 and 25.
@@ -29,27 +29,6 @@ ONEDNN_MIN_ROWS = 16
 SHADOW_MIN_ROWS = 16
 # From so many rows on it pays to widen W0 for a product.
 WIDE_MIN_ROWS = 32
-
-_local = threading.local()
-
-
-def release_workspaces() -> None:
-    """Free this thread's buffers; the next call makes what it needs."""
-    _local.__dict__.clear()
-
-
-def workspace(slot: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A buffer that outlives the call, one per thread and slot; its content is undefined.
-
-    Only the last size per slot is kept, so what is held is one site of the model used last.
-    """
-    held: dict[str, Tensor] = _local.__dict__.setdefault("held", {})
-    buffer = held.get(slot)
-    if buffer is None or buffer.shape != shape or buffer.dtype != dtype:
-        # A buffer made under inference mode could not be written by a later call outside of it.
-        with torch.inference_mode(False):
-            buffer = held[slot] = torch.empty(shape, dtype=dtype)
-    return buffer
 
 
 @functools.cache
@@ -175,7 +154,7 @@ class FastMatrix:
 
     Args:
         base: ``[D, F]`` the slow weight, or None for a matrix that starts at zero.
-        master: ``[D, F]`` storage in :func:`state_dtype`; its content counts only when ``written``.
+        master: ``[D, F]`` in :func:`state_dtype`, where W goes; its content counts only when ``written``.
         dtype: operand dtype.
         name: workspace slot of the low-precision copy; distinct for matrices used side by side.
         written: whether ``master`` already holds W.
@@ -193,6 +172,8 @@ class FastMatrix:
         turns: bool = False,
     ) -> None:
         self.base = base
+        # What W is as long as nothing is written.
+        self.start = base
         self.master = master
         self.dtype = dtype
         self.name = name
@@ -204,28 +185,38 @@ class FastMatrix:
     @property
     def is_zero(self) -> bool:
         """Whether W is known to be zero, so that products with it can be left out."""
-        return self.base is None and not self.written
+        return self.start is None and not self.written
 
     def reset(self) -> None:
         """Back to ``base``."""
-        self.written = False
+        self.begin(self.base)
+
+    def begin(self, w: Tensor | None) -> None:
+        """``W = w``, which is read where it lies and stays as it is: ``[D, F]``, or None for zero."""
+        self.start, self.written = w, False
         self._forget_copies()
 
-    def begin(self, w: Tensor) -> None:
-        """``W = w``, a copy: ``[D, F]`` in the state's dtype."""
-        self.master.copy_(w)
-        self.written = True
-        self._forget_copies()
+    def leave(self, master: Tensor) -> None:
+        """Go on in another matrix: W stays where it is, and the next write goes to ``master``."""
+        if self.written:
+            self.start, self.written = self.master, False
+        self.master = master
+
+    @property
+    def now(self) -> Tensor:
+        """W as it lies in memory: in the state's dtype, or ``base``."""
+        if self.written:
+            return self.master
+        assert self.start is not None, "a zero matrix lies nowhere; check is_zero first"
+        return self.start
 
     def operand(self, rows: int) -> Tensor:
         """W to multiply ``rows`` rows with: operand dtype, or the fp32 master for a few rows."""
-        if not self.written:
-            assert self.base is not None, "a zero matrix has no operand; check is_zero first"
-            return self.base
-        if not self._needs_shadow or rows < SHADOW_MIN_ROWS:
-            return self.master
+        w = self.now
+        if w is self.base or not self._needs_shadow or rows < SHADOW_MIN_ROWS:
+            return w
         if self._shadow is None:
-            self._shadow = self._new_shadow().copy_(self.master)
+            self._shadow = self._new_shadow().copy_(w)
         return self._shadow
 
     @property
@@ -246,9 +237,9 @@ class FastMatrix:
 
     def apply(self, h: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """``out = h @ W.T (+ bias)``. h ``[m, F]``, out ``[m, D]``."""
-        if self.written and len(h) >= SHADOW_MIN_ROWS:
+        if self.now is not self.base and len(h) >= SHADOW_MIN_ROWS:
             if self._panels is None and (made := self._new_panels()) is not None:
-                panels.pack(self.master, made)
+                panels.pack(self.now, made)
                 self._panels = made
             if self._panels is not None and panels.apply(h, self._panels, bias, out):
                 return
@@ -268,7 +259,8 @@ class FastMatrix:
 
     def decay(self, factor: float) -> None:
         """``W = W0 + factor (W - W0)``, in place."""
-        if self.written and factor != 1.0:
+        if factor != 1.0 and (self.written or self.start is not self.base):
+            self.settle()
             self.master.mul_(factor)
             if self.base is not None:
                 self.master.add_(self.base, alpha=1.0 - factor)
@@ -279,17 +271,16 @@ class FastMatrix:
         if writes_blocks(self.dtype) and self._write_blocks(v, h):
             return
         if self.master.dtype == self.dtype:
-            if self.written:
-                self.master.addmm_(v.t(), h)
-            elif self.base is None:
+            if self.is_zero:
                 torch.mm(v.t(), h, out=self.master)
+            elif self.written:
+                self.master.addmm_(v.t(), h)
             else:
-                torch.addmm(self.base, v.t(), h, out=self.master)
+                torch.addmm(self.now, v.t(), h, out=self.master)
         else:
             # A chunk's increment may be rounded to the operand dtype (that error does not grow over
             # chunks); the sum may not: a bf16 state loses most of what is written.
-            if not self.written:
-                self.master.zero_() if self.base is None else self.master.copy_(self.base)
+            self.settle()
             # fp16 increments can overflow where their sum would not, so those are made in fp32.
             if self.dtype == torch.float16 or product_dtype(self.dtype) == self.master.dtype:
                 wide = self.master.dtype
@@ -300,16 +291,21 @@ class FastMatrix:
         self.written = True
         self._forget_copies()
 
+    def settle(self) -> None:
+        """Bring W where it goes, by a copy if nothing was written."""
+        if not self.written:
+            self.master.zero_() if self.start is None else self.master.copy_(self.start)
+            self.written = True
+
     def _write_blocks(self, v: Tensor, h: Tensor) -> bool:
         """The same block by block, if that can be; the copy for the next apply is made on the way."""
-        base = None if self.written else self.base
-        if base is not None and not (base.dtype == v.dtype and base.is_contiguous()):
-            self.master.copy_(base)
-            self.written = True
+        start = None if self.written else self.start
+        if start is not None and not (start.dtype == v.dtype and start.is_contiguous()):
+            self.settle()
         in_panels = self._new_panels()
         copy = self._new_shadow() if self._needs_shadow and in_panels is None else None
         into = copy if in_panels is None else in_panels
-        done = blocks.write(v, h, self.master, None if self.written else base, into, written=self.written)
+        done = blocks.write(v, h, self.master, None if self.written else start, into, written=self.written)
         if done:
             self.written, self._shadow, self._panels = True, copy, in_panels
         return done

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ttt_compiler.codegen.cpu.workspaces import leased
 from ttt_compiler.spec import state_dtype
 
 # Kept matrices take at most this part of h, which is kept until the backward in any case: memory that grows
 # with the text as all else does, and not with the number of chunks.
-_PART_OF_H = 2
+_PART_OF_H = (7, 8)
 
 # How many :func:`unused` are open.
 _off = 0
@@ -44,16 +45,21 @@ def unused() -> Iterator[None]:
 
 def count(batch: Any, length: Any, chunk: int, d_model: Any, dtype: torch.dtype) -> Any:
     """K for operands of ``dtype``; sizes may be symbols. 0 where h is too small for a matrix."""
-    fits = batch * length * dtype.itemsize // (_PART_OF_H * d_model * state_dtype(dtype).itemsize)
+    part, of = _PART_OF_H
+    fits = batch * length * dtype.itemsize * part // (of * d_model * state_dtype(dtype).itemsize)
     # A plain min would decide for one text's length.
     return torch.sym_min(fits, batch * (length // chunk))
 
 
-def room(h: Tensor, w0: Tensor, chunk: int) -> Tensor:
-    """An empty ``[K, D, F]`` in the state's dtype: h ``[B, T, F]``, w0 ``[D, F]``."""
+def shape(h: Tensor, w0: Tensor, chunk: int) -> tuple[Any, ...]:
+    """``[K, D, F]`` of what is kept: h ``[B, T, F]``, w0 ``[D, F]``."""
     batch, length, _ = h.shape
-    many = count(batch, length, chunk, w0.shape[0], h.dtype)
-    return h.new_empty((many, *w0.shape), dtype=state_dtype(h.dtype))
+    return (count(batch, length, chunk, w0.shape[0], h.dtype), *w0.shape)
+
+
+def room(h: Tensor, w0: Tensor, chunk: int) -> Tensor:
+    """It, in the state's dtype and of undefined content."""
+    return leased("scan.kept", shape(h, w0, chunk), state_dtype(h.dtype))
 
 
 def places(chunks: Sequence[int], kept: int, tail: int) -> list[list[int]]:

@@ -17,13 +17,14 @@ from torch import Tensor
 from ttt_compiler.codegen.cpu import native
 from ttt_compiler.codegen.cpu.controls import limited
 from ttt_compiler.codegen.cpu.conv import convolve
-from ttt_compiler.codegen.cpu.gemm import project, static_apply, workspace
+from ttt_compiler.codegen.cpu.gemm import project, static_apply
 from ttt_compiler.codegen.cpu.native import panels
 from ttt_compiler.codegen.cpu.native.squares import norm as frobenius
 from ttt_compiler.codegen.cpu.native.units import units
 from ttt_compiler.codegen.cpu.slots import RowMatrix, add_factored
 from ttt_compiler.codegen.cpu.spread import Spread, finish_write
 from ttt_compiler.codegen.cpu.tail import RowTail
+from ttt_compiler.codegen.cpu.workspaces import workspace
 from ttt_compiler.codegen.layout import (
     CACHED,
     CLIPPED,

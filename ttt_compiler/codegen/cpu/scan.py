@@ -17,9 +17,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ttt_compiler.codegen.cpu.gemm import FastMatrix, add_product, static_apply, workspace
+from ttt_compiler.codegen.cpu.gemm import FastMatrix, add_product, static_apply
 from ttt_compiler.codegen.cpu.kept import places
 from ttt_compiler.codegen.cpu.native.squares import norm
+from ttt_compiler.codegen.cpu.workspaces import leased, workspace
 from ttt_compiler.codegen.segments import Run, documents, row_runs
 from ttt_compiler.errors import NonFiniteWriteError
 from ttt_compiler.spec import state_dtype
@@ -68,17 +69,21 @@ def chunk_scan(
     w = _fast(w0, "scan.w", h.dtype, tuple(w0.shape))
     tail = _tail(chunk, w0, decay)
     rows, kept_before = _texts(pos, batch, length, chunk, kept, tail)
-    room = iter(() if kept is None else kept)
+    places, last = iter(() if kept is None else kept), w.master
     for b, (padding, docs) in enumerate(rows):
         for run in padding:
             y[b, run] = static_apply(h[b, run], w0, bias)
         for spans in docs:
-            w.reset()
             marks = next(kept_before)
+            # W is made where it will be kept, if it will be.
+            room = [*itertools.islice(places, len(marks)), last]
+            w.reset()
+            w.leave(room.pop(0))
             waiting: list[slice] = []
             for i, span in enumerate(spans):
                 if i in marks:
-                    next(room).copy_(w.master if w.written else w0)
+                    w.settle()
+                    w.leave(room.pop(0))
                 w.apply(h[b, span], bias, y[b, span])
                 for past in waiting:
                     add_product(h[b, span], h[b, past], v[b, past], y[b, span], "scan.tail")
@@ -116,25 +121,27 @@ def chunk_scan_backward(
     """
     dy, h, v = dy.contiguous(), h.contiguous(), v.contiguous()
     batch, length, _ = h.shape
-    dh, dv = torch.empty_like(h), torch.zeros_like(v)
+    dh, dv = (leased(f"scan.d{n}", tuple(x.shape), x.dtype) for n, x in (("h", h), ("v", v)))
     dw0 = torch.zeros(w0.shape, dtype=state_dtype(h.dtype))
     w = _fast(w0, "scan.w", h.dtype, tuple(w0.shape), turns=True)
     tail = _tail(chunk, w0, decay)
     rows, kept_before = _texts(pos, batch, length, chunk, kept, tail)
-    room = iter(() if kept is None else kept)
+    places = iter(() if kept is None else kept)
     # The last S of the only document is dw0: it is made there.
     alone = decay == 1.0 and [(len(padding), len(docs)) for padding, docs in rows] == [(0, 1)]
     s = _fast(None, "scan.s", h.dtype, tuple(w0.shape), turns=True, master=dw0 if alone else None)
     for b, (padding, docs) in enumerate(rows):
         for run in padding:
             torch.mm(dy[b, run], w0, out=dh[b, run])
+            dv[b, run].zero_()
             dw0 += torch.mm(dy[b, run].t(), h[b, run])
         for spans in docs:
-            w.reset()
-            borders = [0, *next(kept_before), len(spans)]
-            for start, stop in itertools.pairwise(borders):
-                if start:
-                    w.begin(next(room))
+            marks = next(kept_before)
+            begins = [w0, *itertools.islice(places, len(marks))]
+            s.reset()
+            # From the last stretch on, so that S follows W while dh is in the cache.
+            for at, (start, stop) in reversed([*enumerate(itertools.pairwise([0, *marks, len(spans)]))]):
+                w.begin(begins[at])
                 waiting: list[slice] = []
                 for i, span in enumerate(spans[start:stop], start):
                     w.apply_transposed(dy[b, span], dh[b, span])
@@ -142,17 +149,18 @@ def chunk_scan_backward(
                         add_product(dy[b, span], v[b, past], h[b, past], dh[b, span], "scan.tail")
                     if i + 1 < stop:
                         w.decay(decay)
-                        if writable(v[b, span], h[b, span], on_nonfinite, span.start // chunk):
+                        if _was_written(v[b, span], h[b, span], on_nonfinite):
                             _write(w, v[b], h[b], span, waiting if i >= stop - tail else None)
-            s.reset()
-            for span in reversed(spans):
-                if not s.is_zero and writable(v[b, span], h[b, span], on_nonfinite, span.start // chunk):
-                    s.apply_transposed(v[b, span], dh[b, span], accumulate=True)
-                    s.apply(h[b, span], None, dv[b, span])
-                s.decay(decay)
-                s.write(dy[b, span], h[b, span])
-                if decay != 1.0:
-                    dw0 += torch.mm(dy[b, span].t(), h[b, span])
+                for span in reversed(spans[start:stop]):
+                    if not s.is_zero and _was_written(v[b, span], h[b, span], on_nonfinite):
+                        s.apply_transposed(v[b, span], dh[b, span], accumulate=True)
+                        s.apply(h[b, span], None, dv[b, span])
+                    else:
+                        dv[b, span].zero_()
+                    s.decay(decay)
+                    s.write(dy[b, span], h[b, span])
+                    if decay != 1.0:
+                        dw0 += torch.mm(dy[b, span].t(), h[b, span])
             if decay == 1.0 and not alone:
                 dw0 += s.master
     return dh, dv, dw0.to(w0.dtype)
@@ -220,6 +228,11 @@ def writable(v: Tensor, h: Tensor, on_nonfinite: str, index: int) -> bool:
         f"chunk {index} of this call would write NaN or Inf into the fast weights. Lower lr, check the "
         'adapter, set max_write_norm or max_write_ratio, or pass on_nonfinite="skip"'
     )
+
+
+def _was_written(v: Tensor, h: Tensor, on_nonfinite: str) -> bool:
+    """Whether the forward wrote a chunk: one that would not have been skipped is finite, or it had raised."""
+    return on_nonfinite == "raise" or writable(v, h, on_nonfinite, 0)
 
 
 def _any(v: Tensor) -> bool:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ttt_compiler.codegen.cpu import gemm
-from ttt_compiler.codegen.cpu.gemm import FastMatrix, workspace
+from ttt_compiler.codegen.cpu.gemm import FastMatrix
 from ttt_compiler.codegen.cpu.native import blocks
+from ttt_compiler.codegen.cpu.workspaces import workspace
 from ttt_compiler.codegen.layout import FACTORED, SLOT, WRITES, factored_rows
 
 

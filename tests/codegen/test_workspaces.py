@@ -1,0 +1,123 @@
+"""Results whose memory comes back: never while anything reads them, and to nobody else's surprise."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from tests.codegen.test_ops import positions, problem, stateless
+from ttt_compiler.codegen.cpu import workspaces
+from ttt_compiler.codegen.cpu.workspaces import leased, release_workspaces, workspace
+
+
+@pytest.fixture(autouse=True)
+def nothing_held():
+    release_workspaces()
+    yield
+    release_workspaces()
+
+
+def lease(*shape, dtype=torch.float32, slot="a"):
+    return leased(slot, shape, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_memory_comes_back_when_nobody_has_it(dtype):
+    first = lease(3, 5, dtype=dtype)
+    assert (first.shape, first.dtype, first.is_contiguous()) == ((3, 5), dtype, True)
+    at = first.data_ptr()
+    assert at % 64 == 0
+    del first
+    assert lease(5, 3, dtype=dtype).data_ptr() == at
+
+
+KEEP = {
+    "itself": lambda x: x,
+    "a view": lambda x: x[1:],
+    "another dtype": lambda x: x.view(torch.int32),
+    "its storage": lambda x: x.untyped_storage(),
+    "numpy": lambda x: x.numpy(),
+    "a graph": lambda x: torch.ones(3, 5, requires_grad=True) * x,
+    "a capsule": torch.utils.dlpack.to_dlpack,
+    "a parameter": torch.nn.Parameter,
+}
+
+
+@pytest.mark.parametrize("keep", KEEP.values(), ids=KEEP)
+def test_memory_stays_with_whoever_has_it(keep):
+    first = lease(3, 5).fill_(1.0)
+    at, kept = first.data_ptr(), keep(first)
+    del first
+    second = lease(3, 5)
+    assert second.data_ptr() != at
+    del kept, second
+
+
+def test_what_is_given_up_later_was_not_overwritten():
+    first = lease(3, 5).fill_(1.0)
+    for value in (2.0, 3.0, 4.0):
+        lease(3, 5).fill_(value)
+    assert first.eq(1.0).all()
+    release_workspaces()
+    lease(3, 5).fill_(5.0)
+    assert first.eq(1.0).all()
+
+
+def test_slots_sizes_and_threads_have_memory_of_their_own():
+    first = lease(3, 5)
+    at = first.data_ptr()
+    assert lease(3, 5, slot="b").data_ptr() != at
+    del first
+    held = lease(3, 6)
+    del held
+    found = []
+    thread = threading.Thread(target=lambda: found.append(lease(3, 6).data_ptr()))
+    here = lease(3, 6)
+    thread.start()
+    thread.join()
+    assert found != [here.data_ptr()]
+
+
+def test_a_loan_may_end_in_another_thread():
+    box = [lease(3, 5)]
+    at = box[0].data_ptr()
+    thread = threading.Thread(target=box.clear)
+    thread.start()
+    thread.join()
+    assert lease(3, 5).data_ptr() == at
+
+
+def test_a_result_can_be_shared_with_another_process():
+    first = lease(3, 5).fill_(1.0)
+    first.share_memory_()
+    lease(3, 5).fill_(2.0)
+    assert first.eq(1.0).all()
+
+
+def test_large_and_empty_results_are_plain_tensors(monkeypatch):
+    monkeypatch.setattr(workspaces, "MOST_LEASED", 64)
+    for shape in ((16,), (17,), (0, 3)):
+        made = lease(*shape)
+        assert made.shape == shape
+    assert {len(memory) for memory, _ in workspaces._local.loans.values()} == {64}
+
+
+def test_buffers_of_inference_mode_can_be_written_outside():
+    with torch.inference_mode():
+        lease(3, 5), workspace("w", (3,), torch.float32)
+    lease(3, 5).fill_(1.0), workspace("w", (3,), torch.float32).fill_(1.0)
+
+
+def test_gradients_of_one_step_outlive_the_next():
+    """Also with a graph that is kept, whose backward runs twice."""
+    args = problem(grad=True)
+    y = stateless(*args, positions())
+    first = torch.autograd.grad(y.sum(), args, retain_graph=True)
+    copies = [x.clone() for x in first]
+    torch.autograd.grad(stateless(*args, positions()).square().sum(), args)
+    again = torch.autograd.grad(y.sum(), args)
+    for a, b, c in zip(first, copies, again, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(c, b)
