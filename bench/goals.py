@@ -23,6 +23,7 @@ from bench.figures import (
     over,
     over_floor,
 )
+from bench.model import ModelShape
 from bench.page import Block, command
 from bench.planned import planned
 from bench.results import (
@@ -43,6 +44,7 @@ DTYPES = ("float32", "bfloat16")
 FLOOR = "floor"
 FLOOR_OF_A_STEP = "the slower of its bytes and, where W0 is read, the static product"
 MODELS = ("SmolLM2-135M", "Qwen3-0.6B")
+PROMPT = "model prefill"
 MET, MISSED, BEYOND, UNKNOWN = "yes", "NO", "NO, NOR THE FLOOR", "NOT MEASURED"
 HEAD = ("goal", "bound", "measured [quartiles]", "at the floor", "met", "cases", "worst case")
 
@@ -74,8 +76,13 @@ class Goal:
 
         Of a training step, of which memory does not hold every matrix, that of our products and no more.
         Of a step of decode, that of its bytes or the static product and of its share of v or of the write; of
-        a whole chunk of steps, that of all bytes, v and the write.
+        a whole chunk of steps, that of all bytes, v and the write. Of a model's prompt, that of the static
+        model with v and the writes at the fastest product's rate.
         """
+        if case.kind == PROMPT:
+            static = case.seconds(self.against or "")
+            shape = ModelShape(**{n: value for n, value in case.shape.items() if n != "lr"})
+            return 1 + shape.flops_of_writing() / peak / static if static and peak else None
         if self.base:
             base = case.floor() if self.base == FLOOR else case.seconds(self.base)
             least, static = case.floor(), case.seconds("static")
@@ -181,10 +188,13 @@ def _models() -> Iterator[Goal]:
     for name in MODELS:
         about = of("model decode", name=name, batch=1, dtype="float32")
         yield Goal(f"{name}, decode, B=1, between writes: / static compiled", 1.05, over("static"), about)
-    reading = ("official", f"{LOOP}, compiled", "static, eager")
+    for name in MODELS:
+        about = of(PROMPT, name=name, tokens=4096, dtype="float32")
+        what = f"{name}, every 6th layer, prefill T=4096: / static compiled"
+        yield Goal(what, 1.03, over("static"), about, against="static")
     for kind, names in (
-        ("model logits", reading),
-        ("model prefill", reading),
+        ("model logits", ("official", f"{LOOP}, compiled", "static, eager")),
+        (PROMPT, ("official", f"{LOOP}, compiled")),
         ("model training", (TRAIN, f"{TRAIN}, compiled")),
         ("model decode", ("official",)),
     ):

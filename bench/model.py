@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import ttt_compiler as ttt
 from bench.decode import CHUNK, LR, Decoder, OneByOne
+from bench.layer import Shape
 from bench.official import official, reset, running
 from ttt_compiler.architectures.presets import PRESETS
 from ttt_compiler.spec import CONV, PROJ
@@ -58,6 +59,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
+# Every how many layers one is fast.
+EVERY = 6
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """Which model, how many tokens T it reads, in which dtype, in chunks of C, B rows at once."""
@@ -70,6 +75,14 @@ class ModelShape:
 
     def __str__(self) -> str:
         return f"{self.name} T={self.tokens} C={self.chunk} B={self.batch} {self.dtype}"
+
+    def flops_of_writing(self) -> float:
+        """What a prompt costs beyond the static model: v and the writes of every fast layer."""
+        config = CONFIGS[self.name]
+        d, f = config["hidden_size"], config["intermediate_size"]
+        layer = Shape(d, f, self.tokens, self.chunk, self.batch, self.dtype)
+        fast = len(range(0, config["num_hidden_layers"], EVERY))
+        return fast * (layer.forward_flops(state=True) - layer.static_flops)
 
 
 class Models:
@@ -84,7 +97,7 @@ class Models:
         self.static: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         self.eager = twin(self.static)
         self.fast: nn.Module = ttt.convert(
-            twin(self.static), ttt.TTTConfig(layers="every:6", chunk_size=shape.chunk, lr=LR)
+            twin(self.static), ttt.TTTConfig(layers=f"every:{EVERY}", chunk_size=shape.chunk, lr=LR)
         )
         for name, p in self.fast.named_parameters():
             if name.endswith((CONV, PROJ)):

@@ -130,6 +130,24 @@ def test_goals_of_decode(record):
     assert (whole["measured [quartiles]"], whole["at the floor"]) == ("1.5 [1.25, 1.75]", "1.25")
 
 
+@pytest.mark.parametrize(("ratio", "met"), [(1.625, "NO, NOR THE FLOOR"), (1.02, "yes")])
+def test_a_models_prompt_has_the_floor_of_what_it_writes(record, ratio, met):
+    """Of five layers v and 16 writes of 256 tokens, at the rate of the products of a layer of that run."""
+    flops = 5 * 2 * 4096 * 576 * (1536 + 576)
+    asked = {"name": "SmolLM2-135M", "tokens": 4096, "dtype": "float32", "chunk": 256, "batch": 1, "lr": 0.3}
+    static = flops / 1e11 / 0.6
+    infos = {
+        "kind": "model prefill",
+        "shape": asked,
+        "times": {"static": timed(static, 1.0), "ours": timed(ratio * static, ratio)},
+        "ours_over": {"static": {"ratio": ratio, "low": ratio, "high": ratio}},
+    }
+    goal = "SmolLM2-135M, every 6th layer, prefill T=4096: / static compiled"
+    assert reached(record(infos))[goal]["at the floor"] == "-"  # no product of this machine
+    row = reached(record(infos, PREFILL))[goal]
+    assert (row["at the floor"], row["met"]) == ("1.6", met)
+
+
 def test_goals_of_memory(record):
     by_tokens = {**MEMORY, "shape": {"d": 1024, "dtype": "float32", "variable": "T"}, "values": [4096, 8192]}
     by_chunks = {**by_tokens, "shape": {**by_tokens["shape"], "variable": "C"}, "variable": "C"}
