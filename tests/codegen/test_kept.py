@@ -15,6 +15,7 @@ from tests.codegen.test_ops import problem
 from tests.tolerances import FP64, relative_error
 from ttt_compiler.codegen import reference
 from ttt_compiler.codegen.cpu import kept, scan
+from ttt_compiler.errors import NonFiniteWriteError
 
 C, LR = 5, 0.3
 
@@ -95,18 +96,62 @@ def test_gradients_are_those_of_the_reference(monkeypatch, starts, many, tail):
     assert filled == sum(map(len, kept.places(chunks, many, tail)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("decay", [1.0, 0.7])
-@pytest.mark.parametrize("bad", [None, 12])
+def test_kept_by_what_is_narrower_than_the_state(dtype, decay):
+    """More rows than a product of the state itself has, so that copies of W are read."""
+    g = torch.Generator().manual_seed(0)
+    length, chunk = 150, 20
+    h, v, dy = (torch.randn(2, length, n, generator=g).to(dtype) for n in (24, 16, 16))
+    v, w0 = v * 0.05, torch.randn(16, 24, generator=g).to(dtype)
+    room = torch.full((9, *w0.shape), float("nan"))
+    y = scan.chunk_scan(h, v, w0, None, None, chunk, decay, kept=room)
+    assert relative_error(y, scan.chunk_scan(h, v, w0, None, None, chunk, decay)) < 1e-6
+    ours = scan.chunk_scan_backward(dy, h, v, w0, None, chunk, decay, kept=room)
+    wide = [x.double().requires_grad_() for x in (h, v, w0)]
+    exact = torch.autograd.grad(scan_of(*wide, chunk, decay), wide, dy.double())
+    for a, b in zip(ours, exact, strict=True):
+        assert relative_error(a.double(), b) < 8 * torch.finfo(dtype).eps
+
+
+def scan_of(h, v, w0, chunk, decay):
+    """Chunk by chunk, by autograd's own operations."""
+    out = []
+    for b in range(len(h)):
+        w = w0
+        for i in range(0, h.shape[1], chunk):
+            rows = slice(i, i + chunk)
+            out.append(h[b, rows] @ w.t())
+            w = w0 + decay * (w - w0) + v[b, rows].t() @ h[b, rows]
+    return torch.cat(out).view(*h.shape[:2], -1)
+
+
+@pytest.mark.parametrize("many", [0, 9])
+def test_nothing_is_written_and_a_chunk_is_not_finite(many):
+    """A forward that writes nothing asks no chunk: the backward does."""
+    h, _, w0, *_ = problem(41)
+    v, dy = torch.zeros(3, 41, len(w0), dtype=torch.float64), torch.ones(3, 41, len(w0), dtype=torch.float64)
+    h[1, 7] = float("inf")
+    room = w0.new_empty(many, *w0.shape)
+    scan.chunk_scan(h, v, w0, None, None, C, kept=room)
+    with pytest.raises(NonFiniteWriteError, match="chunk 1"):
+        scan.chunk_scan_backward(dy, h, v, w0, None, C, kept=room)
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.7])
+@pytest.mark.parametrize("bad", [None, 2, 12])
 def test_kept_under_decay_and_with_a_chunk_that_is_skipped(decay, bad):
     h, _, w0, *_ = problem(41)
     v, dy = torch.randn(2, 3, 41, len(w0), dtype=torch.float64) * 0.1
     if bad is not None:
         v[1, bad] = float("nan")
     rule = (None, C, decay, "skip")
-    room = w0.new_full((9, *w0.shape), float("nan"))
+    # So many that a stretch is one chunk, which may be the one that is skipped.
+    room = w0.new_full((24, *w0.shape), float("nan"))
     y = scan.chunk_scan(h, v, w0, None, *rule, kept=room)
     assert torch.equal(y, scan.chunk_scan(h, v, w0, None, *rule))
-    assert not room.isnan().any()
+    places = kept.places([9] * 3, 24, scan._tail(C, w0, decay))
+    assert not room[: sum(map(len, places))].isnan().any()
     ours = scan.chunk_scan_backward(dy, h, v, w0, *rule, kept=room)
     plain = scan.chunk_scan_backward(dy, h, v, w0, *rule)
     for a, b in zip(ours, plain, strict=True):

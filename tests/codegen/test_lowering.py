@@ -33,6 +33,14 @@ def test_conv_and_scan_write_into_planned_memory():
     assert relative_error(out, conv_and_scan(*args, None)) < FP64
 
 
+def test_a_convolution_alone_writes_into_planned_memory():
+    """Of a layer without P."""
+    _, t, _, conv, _, _ = problem()
+    compiled = torch.compile(lambda: torch.ops.ttt.chunk_conv(t + t, conv, None, 5) + 1, fullgraph=True)
+    _, (code,) = run_and_get_code(compiled)
+    assert "out=buf" in code.split("extern_kernels.ttt_chunk_conv(")[1].split("\n")[0]
+
+
 @pytest.mark.parametrize("pos", [None, positions()], ids=["whole", "documents"])
 def test_any_length_by_one_graph(pos):
     compiled = torch.compile(conv_and_scan, fullgraph=True, dynamic=True)

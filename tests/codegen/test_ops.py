@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from tests.tolerances import FP64, assert_within_budget, relative_error
 from ttt_compiler.codegen import ops, reference  # noqa: F401
+from ttt_compiler.codegen.cpu import target_values
 from ttt_compiler.codegen.layout import WRITES
 from ttt_compiler.errors import NonFiniteWriteError, NotCompiledError, PositionError
 from ttt_compiler.runtime.state import FastWeightState
@@ -119,6 +120,23 @@ def test_targets_of_last_chunks_are_not_made(length, pos):
     want = torch.autograd.grad(exact, (t, conv, proj), grad)
     assert all(relative_error(a, b) < FP64 for a, b in zip(got, want, strict=True) if b.any())
     assert all(not a.any() for a, b in zip(got, want, strict=True) if not b.any())
+
+
+@pytest.mark.parametrize("rows", [1, 10, 12])
+@pytest.mark.parametrize("pos", [None, positions()], ids=["whole", "documents"])
+def test_values_do_not_depend_on_how_many_are_made_at_once(monkeypatch, pos, rows):
+    """A block is one chunk, or two of which a document may leave one for the last."""
+    _, t, _, conv, proj, _ = problem(grad=True)
+    weights = torch.randn(B, 23, D, dtype=torch.float64)
+
+    def made():
+        v = torch.ops.ttt.chunk_values(t, conv, proj, pos, C)
+        return v, *torch.autograd.grad(v, (t, conv, proj), weights)
+
+    whole = made()
+    monkeypatch.setattr(target_values, "BLOCK", rows)
+    for a, b in zip(made(), whole, strict=True):
+        assert relative_error(a, b) < FP64
 
 
 @pytest.mark.parametrize("which", [(0,), (1,), (2,), (0, 2)])
@@ -270,10 +288,11 @@ def test_opcheck(pos):
         check(torch.ops.ttt.chunk_values_backward.default, (*plain, pos, C, needed))
     check(torch.ops.ttt.chunk_scan.default, (h, v, w0, bias, pos, C))
     check(torch.ops.ttt.chunk_scan.default, (h, v, w0, None, pos, C))
-    check(
-        torch.ops.ttt.chunk_scan_backward.default,
-        (v.detach(), h.detach(), v.detach(), w0.detach(), pos, C),
-    )
+    plain = [x.detach() for x in (h, v, w0)]
+    check(torch.ops.ttt.chunk_scan_keeping.default, (*plain, bias.detach(), pos, C))
+    check(torch.ops.ttt.chunk_scan_backward.default, (v.detach(), *plain, pos, C))
+    _, kept = torch.ops.ttt.chunk_scan_keeping(*plain, None, pos, C)
+    check(torch.ops.ttt.chunk_scan_backward.default, (v.detach(), *plain, pos, C, 1.0, "raise", kept))
     plain = [x.detach() for x in (h, t, w0, bias, conv, proj)]
     s = [x.nan_to_num() for x in state()]
     check(torch.ops.ttt.fast_weight_step.default, (*plain, pos, spec(), *s))

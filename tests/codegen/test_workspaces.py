@@ -65,19 +65,65 @@ def test_what_is_given_up_later_was_not_overwritten():
     assert first.eq(1.0).all()
 
 
-def test_slots_sizes_and_threads_have_memory_of_their_own():
+def test_slots_and_sizes_have_memory_of_their_own():
     first = lease(3, 5)
     at = first.data_ptr()
-    assert lease(3, 5, slot="b").data_ptr() != at
-    del first
-    held = lease(3, 6)
-    del held
+    other = lease(3, 5, slot="b")
+    assert other.data_ptr() != at
+    del first, other
+    larger = lease(300, 5)
+    assert larger.untyped_storage().nbytes() == 300 * 5 * 4
+    assert {n: len(memory) for n, (memory, _) in workspaces._local.loans.items()} == {"a": 6000, "b": 60}
+
+
+def test_threads_have_memory_of_their_own():
+    at = lease(3, 5).data_ptr()  # given up at once
     found = []
-    thread = threading.Thread(target=lambda: found.append(lease(3, 6).data_ptr()))
-    here = lease(3, 6)
+
+    def there():
+        held = lease(3, 5)
+        found.append(held.data_ptr())
+
+    thread = threading.Thread(target=there)
     thread.start()
     thread.join()
-    assert found != [here.data_ptr()]
+    assert found != [at]
+    assert lease(3, 5).data_ptr() == at
+
+
+def test_a_result_is_a_tensor_of_its_own():
+    """To autograd: a view that was made without a graph could not be changed in place with one."""
+    made = lease(3, 5)
+    assert not made._is_view()
+    made.fill_(1.0)
+    assert made.mul_(torch.ones(5, requires_grad=True)).requires_grad
+    h, t, w0, conv, proj, bias = problem()
+    with torch.no_grad():
+        y = torch.ops.ttt.fast_weight_step(h, t, w0, bias, conv, proj, None, spec(), *state())
+    args = problem(grad=True)
+    for x in (y, *torch.autograd.grad(stateless(*args, positions()).sum(), args)):
+        assert not x._is_view()
+
+
+def test_a_result_has_its_size():
+    made = lease(3, 5)
+    assert made.resize_(2, 5).shape == (2, 5)
+    with pytest.raises(RuntimeError, match="not resizable"):
+        made.resize_(4, 5)
+
+
+def test_memory_that_comes_back_holds_nothing_of_before():
+    """As ``torch.empty`` of this suite."""
+    lease(3, 5).fill_(1.0)
+    assert lease(3, 5).isnan().all()
+    lease(3, 5, dtype=torch.bfloat16, slot="b").fill_(1.0)
+    assert lease(3, 5, dtype=torch.bfloat16, slot="b").isnan().all()
+
+
+def test_results_are_of_this_machines_memory():
+    with torch.device("meta"):
+        made = lease(3, 5), lease(0), workspace("w", (3,), torch.float32)
+    assert {x.device.type for x in made} == {"cpu"}
 
 
 def test_a_loan_may_end_in_another_thread():
@@ -96,18 +142,20 @@ def test_a_result_can_be_shared_with_another_process():
     assert first.eq(1.0).all()
 
 
-def test_large_and_empty_results_are_plain_tensors(monkeypatch):
+def test_what_is_held_has_a_limit_and_empty_results_have_no_memory(monkeypatch):
     monkeypatch.setattr(workspaces, "MOST_LEASED", 64)
-    for shape in ((16,), (17,), (0, 3)):
-        made = lease(*shape)
-        assert made.shape == shape
-    assert {len(memory) for memory, _ in workspaces._local.loans.values()} == {64}
+    for shape, slot in (((12,), "a"), ((5,), "b"), ((4,), "c"), ((1,), "d"), ((0, 3), "e")):
+        assert lease(*shape, slot=slot).shape == shape
+    assert {slot: len(memory) for slot, (memory, _) in workspaces._local.loans.items()} == {"a": 48, "c": 16}
+    # A slot whose result does not fit any more gives up its room.
+    lease(17)
+    assert set(workspaces._local.loans) == {"c"}
 
 
 def test_buffers_of_inference_mode_can_be_written_outside():
     with torch.inference_mode():
-        lease(3, 5), workspace("w", (3,), torch.float32)
-    lease(3, 5).fill_(1.0), workspace("w", (3,), torch.float32).fill_(1.0)
+        workspace("w", (3,), torch.float32)
+    workspace("w", (3,), torch.float32).fill_(1.0)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

@@ -66,6 +66,8 @@ def test_a_training_step_of_llama_compiles(name, dtype, gradients):
     assert [k["graph"] for k in ours] == ["forward"] + ["backward"] * gradients
     assert not any(k["spilled"] for k in ours)
     assert len(kernels) > 20
+    for graph, least in (("forward", 2), ("backward", 2)):
+        assert sum("chunk_conv" in k["name"] for k in kernels if k["graph"] == graph) >= least
     if dtype != "float32":
         assert all(k["matrix"] for k in ours)
 

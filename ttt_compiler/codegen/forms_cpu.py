@@ -114,7 +114,7 @@ def _again(shape: ScanShape, device: Device) -> tuple[Phase, ...]:
     return (
         *phases,
         Phase("read unwritten", flops, flops / rate, hbm=moved, launches=2 * reads),
-        Phase("keep", hbm=copied, launches=2 * matrices),
+        Phase("keep", hbm=copied, launches=2 * matrices if copied else 0),
     )
 
 

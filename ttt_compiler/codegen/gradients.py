@@ -12,8 +12,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ttt_compiler.codegen.cpu.kept import keeps
 from ttt_compiler.compat import below_autograd
+from ttt_compiler.stand_in import runs_on_cpu
 
 
 def _conv_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -52,7 +52,7 @@ class _RecordedScan(torch.autograd.Function):
     ) -> Tensor:
         given, kept = (h, v, w0, bias, pos, *constants), None
         with below_autograd():
-            if keeps(h.device):
+            if runs_on_cpu(h.device):
                 y, kept = torch.ops.ttt.chunk_scan_keeping(*given)
             else:
                 y = torch.ops.ttt.chunk_scan(*given)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from ttt_compiler.compat import assembler
 from ttt_compiler.compat.fake_cuda import compile_generated, fake_cuda, generated_kernels, generating
 from ttt_compiler.offline.targets import Target, target
+from ttt_compiler.stand_in import stands_for_gpu
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,6 @@ def generated(model: torch.nn.Module, to: Target, *, train: bool) -> list[tuple[
 
     import ttt_compiler.codegen.lowering  # noqa: F401
     from ttt_compiler import compat
-    from ttt_compiler.codegen.cpu import kept
 
     sink: list[tuple[str, str]] = []
     assert isinstance(to.arch, int)
@@ -89,7 +90,7 @@ def generated(model: torch.nn.Module, to: Target, *, train: bool) -> list[tuple[
             torch._functorch.config.patch(force_non_lazy_backward_lowering=True),
             torch._inductor.config.patch(force_disable_caches=True),
             torch.set_grad_enabled(train),
-            kept.unused(),
+            stands_for_gpu(),
         ):
             model.train(train)
             torch.compile(model, backend="inplace_ttt")(input_ids=ids, use_cache=False)
@@ -102,6 +103,8 @@ def compiled_kernels(model: torch.nn.Module, to: Target, *, train: bool) -> list
     """Every Triton kernel of the graphs, compiled."""
     found = []
     for graph, code in generated(model, to, train=train):
+        if calls := re.findall(r"extern_kernels\.(ttt_\w+)|ops\.ttt\.(chunk_values\w*)", code):
+            raise RuntimeError(f"the {graph} graph of a GPU calls what runs on a CPU: {calls}")
         for name, source in generated_kernels(code).items():
             assert isinstance(to.arch, int)
             with fake_cuda(to.arch, to.device, to.processors, to.shared_memory, to.l2):

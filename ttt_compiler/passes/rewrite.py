@@ -2,8 +2,8 @@
 
 With state tensors in the marker: one mutating ``ttt::fast_weight_step``. Without: ``ttt::chunk_values`` (on
 GPUs ``ttt::chunk_conv`` and an ordinary matmul) with eta folded into the taps, and ``ttt::chunk_scan``, all
-differentiable. What stood around the contraction (bias adds, dropout, norms,
-residual) is untouched. May be changed here: the replacement, together with the op schemas.
+differentiable. What stood around the contraction (bias adds, dropout, norms, residual) is untouched. May be
+changed here: the replacement, together with the op schemas.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from ttt_compiler.errors import GraphRewriteError
 from ttt_compiler.passes.base import BoundSite, GraphPass, PassState
 from ttt_compiler.passes.sequence_layout import SequenceLayout
 from ttt_compiler.spec import WriteRule, state_dtype
+from ttt_compiler.stand_in import runs_on_cpu
 
 
 class RewriteFastWeights(GraphPass):
@@ -97,7 +98,7 @@ def _fast_node(
     rule = spec.rule
     # eta belongs to the taps: there it costs K multiplications a channel.
     taps = b.call(operator.mul, conv, spec.write_scale)
-    if proj is not None and b.device.type == "cpu":
+    if proj is not None and runs_on_cpu(b.device):
         v = b.call(torch.ops.ttt.chunk_values.default, t, taps, proj, site.pos, spec.chunk)
     else:
         v = b.call(torch.ops.ttt.chunk_conv.default, t, taps, site.pos, spec.chunk)

@@ -8,9 +8,8 @@ where.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,25 +21,6 @@ from ttt_compiler.spec import state_dtype
 # Kept matrices take at most this part of h, which is kept until the backward in any case: memory that grows
 # with the text as all else does, and not with the number of chunks.
 _PART_OF_H = (7, 8)
-
-# How many :func:`unused` are open.
-_off = 0
-
-
-def keeps(device: torch.device) -> bool:
-    """Whether a forward on ``device`` keeps matrices: a GPU's does not."""
-    return device.type == "cpu" and not _off
-
-
-@contextlib.contextmanager
-def unused() -> Iterator[None]:
-    """Nothing is kept inside: for graphs that are recorded on a CPU in the place of a GPU."""
-    global _off
-    _off += 1
-    try:
-        yield
-    finally:
-        _off -= 1
 
 
 def count(batch: Any, length: Any, chunk: int, d_model: Any, dtype: torch.dtype) -> Any:
@@ -58,7 +38,7 @@ def shape(h: Tensor, w0: Tensor, chunk: int) -> tuple[Any, ...]:
 
 
 def room(h: Tensor, w0: Tensor, chunk: int) -> Tensor:
-    """It, in the state's dtype and of undefined content."""
+    """What is kept is put there: of :func:`shape`, in the state's dtype, of undefined content."""
     return leased("scan.kept", shape(h, w0, chunk), state_dtype(h.dtype))
 
 

@@ -2,10 +2,10 @@
 
 FLOPs in units of one static projection (2*T*D*F): forward 1 + (n-1)/n, where the last chunk of a document
 is applied and not written because nobody reads it, and less where its last chunks read each other directly
-(:func:`tail_chunks`); backward 5 (W recomputed in forward order, then one reverse scan), less what a forward
-kept (:mod:`.kept`). Memory: one fp32 ``[D, F]`` matrix forward, two backward, whatever the number of chunks,
-and what is kept. May be changed here: the algorithm; :mod:`ttt_compiler.codegen.reference` says what it must
-compute.
+(:func:`tail_chunks`); backward 5, less what a forward kept (:mod:`.kept`): from the last kept matrix on, W is
+recomputed in forward order and S summed in reverse, then from the one before. Memory: one fp32 ``[D, F]``
+matrix forward, two backward, whatever the number of chunks, and what is kept. May be changed here: the
+algorithm; :mod:`ttt_compiler.codegen.reference` says what it must compute.
 """
 
 from __future__ import annotations
@@ -69,14 +69,14 @@ def chunk_scan(
     w = _fast(w0, "scan.w", h.dtype, tuple(w0.shape))
     tail = _tail(chunk, w0, decay)
     rows, kept_before = _texts(pos, batch, length, chunk, kept, tail)
-    places, last = iter(() if kept is None else kept), w.master
+    free, last = iter(() if kept is None else kept), w.master
     for b, (padding, docs) in enumerate(rows):
         for run in padding:
             y[b, run] = static_apply(h[b, run], w0, bias)
         for spans in docs:
             marks = next(kept_before)
             # W is made where it will be kept, if it will be.
-            room = [*itertools.islice(places, len(marks)), last]
+            room = [*itertools.islice(free, len(marks)), last]
             w.reset()
             w.leave(room.pop(0))
             waiting: list[slice] = []
@@ -126,7 +126,9 @@ def chunk_scan_backward(
     w = _fast(w0, "scan.w", h.dtype, tuple(w0.shape), turns=True)
     tail = _tail(chunk, w0, decay)
     rows, kept_before = _texts(pos, batch, length, chunk, kept, tail)
-    places = iter(() if kept is None else kept)
+    filled = iter(() if kept is None else kept)
+    # A forward that wrote anything had raised for a chunk that is not finite.
+    checked = on_nonfinite == "raise" and _any(v)
     # The last S of the only document is dw0: it is made there.
     alone = decay == 1.0 and [(len(padding), len(docs)) for padding, docs in rows] == [(0, 1)]
     s = _fast(None, "scan.s", h.dtype, tuple(w0.shape), turns=True, master=dw0 if alone else None)
@@ -137,7 +139,7 @@ def chunk_scan_backward(
             dw0 += torch.mm(dy[b, run].t(), h[b, run])
         for spans in docs:
             marks = next(kept_before)
-            begins = [w0, *itertools.islice(places, len(marks))]
+            begins = [w0, *itertools.islice(filled, len(marks))]
             s.reset()
             # From the last stretch on, so that S follows W while dh is in the cache.
             for at, (start, stop) in reversed([*enumerate(itertools.pairwise([0, *marks, len(spans)]))]):
@@ -149,10 +151,12 @@ def chunk_scan_backward(
                         add_product(dy[b, span], v[b, past], h[b, past], dh[b, span], "scan.tail")
                     if i + 1 < stop:
                         w.decay(decay)
-                        if _was_written(v[b, span], h[b, span], on_nonfinite):
+                        if checked or writable(v[b, span], h[b, span], on_nonfinite, span.start // chunk):
                             _write(w, v[b], h[b], span, waiting if i >= stop - tail else None)
                 for span in reversed(spans[start:stop]):
-                    if not s.is_zero and _was_written(v[b, span], h[b, span], on_nonfinite):
+                    if not s.is_zero and (
+                        checked or writable(v[b, span], h[b, span], on_nonfinite, span.start // chunk)
+                    ):
                         s.apply_transposed(v[b, span], dh[b, span], accumulate=True)
                         s.apply(h[b, span], None, dv[b, span])
                     else:
@@ -228,11 +232,6 @@ def writable(v: Tensor, h: Tensor, on_nonfinite: str, index: int) -> bool:
         f"chunk {index} of this call would write NaN or Inf into the fast weights. Lower lr, check the "
         'adapter, set max_write_norm or max_write_ratio, or pass on_nonfinite="skip"'
     )
-
-
-def _was_written(v: Tensor, h: Tensor, on_nonfinite: str) -> bool:
-    """Whether the forward wrote a chunk: one that would not have been skipped is finite, or it had raised."""
-    return on_nonfinite == "raise" or writable(v, h, on_nonfinite, 0)
 
 
 def _any(v: Tensor) -> bool:

@@ -20,7 +20,7 @@ from ttt_compiler.codegen.segments import Run, documents, row_runs
 from ttt_compiler.spec import state_dtype
 
 # Tokens of one product: as fast as all at once, and what is between convolution and product stays small.
-_ROWS = 512
+BLOCK = 512
 
 
 def chunk_values(
@@ -40,7 +40,7 @@ def chunk_values(
     out = t.new_empty(*t.shape[:2], proj.shape[1]) if out is None else out
     taps, blocks = conv[:, 0].t(), _Blocks(t, pos, chunk)
     for b, rows in blocks:
-        convolved = blocks.buffer("values.c")
+        convolved = blocks.buffer(rows)
         convolve(blocks.chunks(t[b, rows]), taps, blocks.chunks(convolved))
         project(convolved, proj, out[b, rows], "project")
     blocks.zero_others(out)
@@ -66,11 +66,11 @@ def chunk_values_backward(
     for b, rows in blocks:
         source = blocks.chunks(t[b, rows])
         if needed[2]:
-            convolved = blocks.buffer("values.c")
+            convolved = blocks.buffer(rows)
             convolve(source, taps, blocks.chunks(convolved))
             of_proj.write(convolved, dv[b, rows])
         if needed[0] or needed[1]:
-            grad = blocks.buffer("values.c")
+            grad = blocks.buffer(rows)
             project(dv[b, rows], proj.t(), grad, "project")
             if needed[0]:
                 # Centred taps and zero padding: the adjoint is the same convolution with the taps reversed.
@@ -89,14 +89,12 @@ class _Blocks:
     def __init__(self, t: Tensor, pos: Tensor | None, chunk: int) -> None:
         self.dtype, self.chunk = t.dtype, chunk
         batch, self.length, self.width = t.shape
-        self.rows = max(1, _ROWS // chunk) * chunk
+        self.rows = max(1, BLOCK // chunk) * chunk
         self.places = list(self._written(row_runs(pos, batch, self.length)))
-        self.batch, self.size = batch, 0
+        self.batch = batch
 
     def __iter__(self) -> Iterator[tuple[int, slice]]:
-        for b, rows in self.places:
-            self.size = rows.stop - rows.start
-            yield b, rows
+        return iter(self.places)
 
     def _written(self, rows: Sequence[list[Run]]) -> Iterator[tuple[int, slice]]:
         for b, runs in enumerate(rows):
@@ -105,10 +103,10 @@ class _Blocks:
                 for start in range(doc.start, last, self.rows):
                     yield b, slice(start, min(start + self.rows, last))
 
-    def buffer(self, slot: str) -> Tensor:
-        """``[tokens of this block, Dt]``, of undefined content: the same memory in every block."""
+    def buffer(self, rows: slice) -> Tensor:
+        """``[tokens of a block, Dt]``, of undefined content: the same memory for every block."""
         most = min(self.rows, self.length)
-        return workspace(slot, (most, self.width), self.dtype)[: self.size]
+        return workspace("values.c", (most, self.width), self.dtype)[: rows.stop - rows.start]
 
     def chunks(self, x: Tensor) -> Tensor:
         """``[chunks, C, X]`` of a block's ``[tokens, X]``: those that are written are whole."""
