@@ -111,10 +111,8 @@ def test_growth_with_layers(compare, benchmark):
 
 
 def _per_layer(figures, figure):
-    """Without a fast layer each is the static model, and ours that model as Dynamo captures it."""
-    bases = {name: figures[f"{name}{AT}0"][figure] for name in ("static", CAPTURED)}
+    """Without a fast layer each is the static model."""
+    base = figures[f"static{AT}0"][figure]
     return {
-        name: linear([0, *LAYERS], [bases[CAPTURED if name == "ours" else "static"], *ys])
-        for name, ys in series(figures, figure).items()
-        if len(ys) > 1
+        name: linear([0, *LAYERS], [base, *ys]) for name, ys in series(figures, figure).items() if len(ys) > 1
     }

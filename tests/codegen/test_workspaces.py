@@ -19,6 +19,10 @@ def nothing_held():
     release_workspaces()
 
 
+def sizes():
+    return {slot: [len(x.memory) for x in loans] for slot, loans in workspaces._local.loans.items()}
+
+
 def lease(*shape, dtype=torch.float32, slot="a"):
     return leased(slot, shape, dtype)
 
@@ -65,6 +69,17 @@ def test_what_is_given_up_later_was_not_overwritten():
     assert first.eq(1.0).all()
 
 
+def test_a_slot_holds_what_was_in_use_at_once():
+    """Layers of a model keep their matrices side by side, in every step."""
+    steps = []
+    for _ in range(3):
+        results = [lease(3, 5) for _ in range(4)]
+        steps.append({x.data_ptr() for x in results})
+        del results
+    assert steps[0] == steps[1] == steps[2]
+    assert sizes() == {"a": [60] * 4}
+
+
 def test_slots_and_sizes_have_memory_of_their_own():
     first = lease(3, 5)
     at = first.data_ptr()
@@ -73,7 +88,7 @@ def test_slots_and_sizes_have_memory_of_their_own():
     del first, other
     larger = lease(300, 5)
     assert larger.untyped_storage().nbytes() == 300 * 5 * 4
-    assert {n: len(memory) for n, (memory, _) in workspaces._local.loans.items()} == {"a": 6000, "b": 60}
+    assert sizes() == {"a": [6000], "b": [60]}
 
 
 def test_threads_have_memory_of_their_own():
@@ -146,10 +161,10 @@ def test_what_is_held_has_a_limit_and_empty_results_have_no_memory(monkeypatch):
     monkeypatch.setattr(workspaces, "MOST_LEASED", 64)
     for shape, slot in (((12,), "a"), ((5,), "b"), ((4,), "c"), ((1,), "d"), ((0, 3), "e")):
         assert lease(*shape, slot=slot).shape == shape
-    assert {slot: len(memory) for slot, (memory, _) in workspaces._local.loans.items()} == {"a": 48, "c": 16}
+    assert sizes() == {"a": [48], "b": [], "c": [16], "d": [], "e": []}
     # A slot whose result does not fit any more gives up its room.
     lease(17)
-    assert set(workspaces._local.loans) == {"c"}
+    assert sizes()["a"] == []
 
 
 def test_buffers_of_inference_mode_can_be_written_outside():

@@ -40,31 +40,49 @@ def workspace(slot: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def leased(slot: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A result of undefined content, contiguous, in the memory of this slot's last one if nobody uses it.
+    """A result of undefined content, contiguous, in memory that an earlier one of this slot has given up.
 
     It is the caller's for as long as it, a view of it, or anything that shares its memory exists: then its
-    storage gives up the object that stands for the loan, whichever thread that happens in. While it exists,
-    another call gets new memory, which the slot holds from then on. Like a tensor over a numpy array, it
-    cannot be resized to more than it is.
+    storage gives up the object that stands for the loan, whichever thread that happens in. A slot holds as
+    much as was in use at once, of the size that was asked for last. Like a tensor over a numpy array, a
+    result cannot be resized to more than it is.
     """
     size = math.prod(shape) * dtype.itemsize
-    loans: dict[str, tuple[Tensor, weakref.ref[Any]]] = _local.__dict__.setdefault("loans", {})
-    memory, loan = loans.get(slot, (None, None))
-    if memory is None or loan is None or loan() is not None or len(memory) != size:
-        # What lies there is freed first, if it can be, so that both are never held at once.
-        del memory
-        loans.pop(slot, None)
-        if not size or size + sum(len(held) for held, _ in loans.values()) > MOST_LEASED:
+    slots: dict[str, list[_Loan]] = _local.__dict__.setdefault("loans", {})
+    # What was of another size is freed first, if it can be, so that both are never held at once.
+    loans = slots[slot] = [x for x in slots.get(slot, ()) if len(x.memory) == size]
+    loan = next((x for x in loans if x.is_free), None)
+    if loan is None:
+        held = sum(len(x.memory) for every in slots.values() for x in every)
+        if not size or held + size > MOST_LEASED:
             return torch.empty(shape, dtype=dtype, device="cpu")
-        memory = _empty((size,), torch.uint8)
+        loan = _Loan(size)
+        loans.append(loan)
     elif _fills_memory():
         # Not a number in any floating-point dtype.
-        memory.fill_(255)
-    lent = (ctypes.c_char * size).from_address(memory.data_ptr())
-    lent.memory = memory  # type: ignore[attr-defined]  # held by the loan, whatever becomes of the slot
-    loans[slot] = memory, weakref.ref(lent)
+        loan.memory.fill_(255)
     # No view of anything to autograd, unlike view().
-    return torch.frombuffer(lent, dtype=dtype).resize_(shape)
+    return torch.frombuffer(loan.lend(), dtype=dtype).resize_(shape)
+
+
+class _Loan:
+    """Memory that is lent again and again."""
+
+    def __init__(self, size: int) -> None:
+        self.memory = _empty((size,), torch.uint8)
+        self._borrower: weakref.ref[Any] | None = None
+
+    @property
+    def is_free(self) -> bool:
+        """Whether nobody has it."""
+        return self._borrower is None or self._borrower() is None
+
+    def lend(self) -> Any:
+        """An object over the memory, which a storage holds until its end."""
+        lent = (ctypes.c_char * len(self.memory)).from_address(self.memory.data_ptr())
+        lent.memory = self.memory  # type: ignore[attr-defined]  # held by the loan, whatever becomes of the slot
+        self._borrower = weakref.ref(lent)
+        return lent
 
 
 def _fills_memory() -> bool:
