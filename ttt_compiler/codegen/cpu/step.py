@@ -15,7 +15,6 @@ from torch import Tensor
 from ttt_compiler.codegen.cpu.gemm import static_apply
 from ttt_compiler.codegen.cpu.row import Call, Row
 from ttt_compiler.codegen.cpu.tail import append_tokens
-from ttt_compiler.codegen.cpu.workspaces import leased
 from ttt_compiler.codegen.layout import WRITES, StateTensors
 from ttt_compiler.codegen.segments import Run, row_runs
 from ttt_compiler.spec import SiteSpec
@@ -84,8 +83,7 @@ def fast_weight_step(
     runs = _token_runs(pos, len(members)) if length == 1 else row_runs(pos, len(members), length)
     untouched = all(row.reads_only_w0(r, length) for row, r in zip(rows, runs, strict=True))
     base_done = untouched or (length == 1 and any(map(Row.needs_base, rows, runs)))
-    shape = (len(members), length, w0.shape[0])
-    y = h.new_empty(shape) if length == 1 else leased("step.y", shape, h.dtype)
+    y = h.new_empty(len(members), length, w0.shape[0])
     if base_done:
         # One read of W0 for the whole batch, by the base model's own projection.
         static_apply(h, w0, bias, out=y)
