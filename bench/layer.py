@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ttt_compiler.codegen import reference
-from ttt_compiler.codegen.cpu.kept import places, stretches
-from ttt_compiler.codegen.cpu.scan import tail_chunks
+from ttt_compiler.codegen.cpu.kept import places, stretches, tail_chunks
 from ttt_compiler.runtime.state import FastWeightState
 from ttt_compiler.runtime.tables import has_room_to_spread
 from ttt_compiler.spec import SiteSpec

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from bench.layer import Layer
 from ttt_compiler.codegen.cpu import gemm, kept
-from ttt_compiler.codegen.cpu.scan import tail_chunks
 from ttt_compiler.codegen.cpu.target_values import BLOCK
 from ttt_compiler.spec import state_dtype
 
@@ -28,8 +27,8 @@ class TrainingProducts:
         self.spans = [slice(i, min(i + s.chunk, s.tokens)) for i in range(0, s.tokens, s.chunk)]
         written, step = s.written(state=False) * s.chunk, max(1, BLOCK // s.chunk) * s.chunk
         self.blocks = [slice(i, min(i + step, written)) for i in range(0, written, step)]
-        self.tail = tail_chunks(s.chunk, s.d, s.f)
-        count, chunks = kept.count(s.batch, s.tokens, s.chunk, s.d, layer.dtype), len(self.spans)
+        self.tail = kept.tail_chunks(s.chunk, s.d, s.f)
+        count, chunks = kept.count(s.batch, s.tokens, s.chunk, s.d, s.f, layer.dtype), len(self.spans)
         self.borders = [[0, *marks, chunks] for marks in kept.places([chunks] * s.batch, count, self.tail)]
         self.w, self.s, self.dp = (
             gemm.FastMatrix(

@@ -318,7 +318,7 @@ def test_products_of_a_training_step_are_all_of_its_flops(shape, monkeypatch):
     counted(gemm.FastMatrix, "apply", lambda _, h, bias, out: 2 * h.numel() * out.shape[1])
     counted(gemm.FastMatrix, "apply_transposed", lambda _, x, out: 2 * x.numel() * out.shape[1])
     TrainingProducts(Layer(shape))()
-    count = kept.count(shape.batch, shape.tokens, shape.chunk, shape.d, torch.float32)
+    count = kept.count(shape.batch, shape.tokens, shape.chunk, shape.d, shape.f, torch.float32)
     assert sum(made) == pytest.approx(shape.training_flops_in_memory(count))
 
 

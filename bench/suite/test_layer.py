@@ -106,7 +106,7 @@ def test_training(compare, shape):
     errors = layer.gate_gradients({name: run for name, run in runs.items() if name != "static"})
     # No form of the layer: what bounds ours.
     runs[PRODUCTS] = TrainingProducts(layer)
-    count = kept.count(shape.batch, shape.tokens, shape.chunk, shape.d, layer.dtype)
+    count = kept.count(shape.batch, shape.tokens, shape.chunk, shape.d, shape.f, layer.dtype)
     compare(
         runs,
         kind="training",

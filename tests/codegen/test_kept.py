@@ -54,13 +54,30 @@ def test_no_other_places_cost_less(n, many, tail):
     assert cost(marks) <= min(map(cost, choices)) + 1e-9
 
 
-def test_kept_matrices_take_less_than_h():
-    for batch, length, d, dtype in ((1, 8192, 1024, torch.float32), (4, 4096, 2560, torch.bfloat16)):
-        h, w0 = torch.empty(batch, length, 8, dtype=dtype), torch.empty(d, 8, dtype=dtype)
-        made = kept.room(h, w0, 256)
-        assert made.dtype == torch.float32
-        assert 0 < made.numel() * 4 <= h.numel() * dtype.itemsize * 7 / 8 < (len(made) + 1) * d * 8 * 4
-    assert len(kept.room(torch.empty(1, 4096, 8), torch.empty(4, 8), 1024)) == 4  # no more than chunks
+@pytest.mark.parametrize("chunk", [64, 128, 256, 512, 1024, 4096])
+@pytest.mark.parametrize(
+    ("batch", "length", "d", "dtype"),
+    [(1, 8192, 1024, torch.float32), (1, 4096, 1024, torch.float32), (4, 8192, 1024, torch.bfloat16)],
+)
+def test_matrices_of_a_step_take_as_much_for_every_chunk_size(chunk, batch, length, d, dtype):
+    """The kept ones, and W where a stretch has more chunks than read each other."""
+    f = 3 * d
+    with torch.device("meta"):
+        h, w0 = torch.empty(batch, length, f, dtype=dtype), torch.empty(d, f, dtype=dtype)
+    many = kept.shape(h, w0, chunk)[0]
+    chunks = length // chunk
+    tail = kept.tail_chunks(chunk, d, f)
+    marks = kept.places([chunks] * batch, many, tail)
+    written = any(kept.stretches(chunks, at, tail)[0] for at in marks)
+    fits = int(h.nbytes * 7 / 8 // (d * f * 4))
+    assert many + written == min(fits, batch * chunks)
+
+
+def test_what_is_kept_is_in_the_states_dtype():
+    h, w0 = torch.empty(4, 4096, 8, dtype=torch.bfloat16), torch.empty(2, 8, dtype=torch.bfloat16)
+    made = kept.room(h, w0, 1024)
+    assert made.dtype == torch.float32
+    assert len(made) == 16  # no more than chunks
 
 
 @pytest.mark.parametrize("tail", [1, 2, 3])

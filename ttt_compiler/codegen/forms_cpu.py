@@ -12,7 +12,6 @@ import torch
 
 from ttt_compiler.codegen.cpu import kept
 from ttt_compiler.codegen.cpu.gemm import ONEDNN_MIN_ROWS, SHADOW_MIN_ROWS, writes_blocks
-from ttt_compiler.codegen.cpu.scan import tail_chunks
 from ttt_compiler.codegen.devices import Device
 from ttt_compiler.codegen.forms import ScanShape
 from ttt_compiler.codegen.phases import Phase
@@ -86,13 +85,14 @@ def training(shape: ScanShape, device: Device) -> tuple[Phase, ...]:
 
 def kept_matrices(shape: ScanShape) -> int:
     """How many matrices a forward keeps for the backward."""
-    return int(kept.count(shape.batch, shape.tokens, shape.chunk, shape.d_model, shape.dtype))
+    sizes = (shape.batch, shape.tokens, shape.chunk, shape.d_model, shape.d_ff)
+    return int(kept.count(*sizes, shape.dtype))
 
 
 def _again(shape: ScanShape, device: Device) -> tuple[Phase, ...]:
     """W of every chunk once more, applied to dy."""
     matrices, d, f, c = kept_matrices(shape), shape.d_model, shape.d_ff, shape.chunk
-    tail = tail_chunks(c, d, f)
+    tail = kept.tail_chunks(c, d, f)
     rows = [shape.chunks] * shape.batch
     work = [
         kept.stretches(n, at, tail) for n, at in zip(rows, kept.places(rows, matrices, tail), strict=True)

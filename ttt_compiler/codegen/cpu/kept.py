@@ -2,7 +2,7 @@
 
 The backward applies every chunk's W to dy. From W0 alone that takes as many writes as the forward made. With
 K of them kept, it begins K + 1 times, and the last chunks of each stretch read each other instead of a
-written matrix (:func:`ttt_compiler.codegen.cpu.scan.tail_chunks`). May be changed here: how much is kept, and
+written matrix (:func:`tail_chunks`). May be changed here: how much is kept, and
 where.
 """
 
@@ -18,23 +18,36 @@ from torch import Tensor
 from ttt_compiler.codegen.cpu.workspaces import leased
 from ttt_compiler.spec import state_dtype
 
-# Kept matrices take at most this part of h, which is kept until the backward in any case: memory that grows
-# with the text as all else does, and not with the number of chunks.
+# Kept matrices, and W where one is written between them, take at most this part of h, which is kept until the
+# backward in any case: memory that grows with the text as all else does, and not with the number of chunks.
 _PART_OF_H = (7, 8)
 
 
-def count(batch: Any, length: Any, chunk: int, d_model: Any, dtype: torch.dtype) -> Any:
-    """K for operands of ``dtype``; sizes may be symbols. 0 where h is too small for a matrix."""
+def tail_chunks(chunk: int, d_model: int, d_ff: int) -> int:
+    """How many last chunks of a document are cheapest without a write between them.
+
+    A write costs ``2 C D F``; a chunk that reads an unwritten one instead, ``2 C^2 (D + F)``. m chunks save
+    m - 1 writes for m (m - 1) / 2 such reads: most at ``m = DF / (C (D + F)) + 1/2``.
+    """
+    return max(1, round(d_model * d_ff / (chunk * (d_model + d_ff)) + 0.5 - 1e-9))
+
+
+def count(batch: Any, length: Any, chunk: int, d_model: int, d_ff: int, dtype: torch.dtype) -> Any:
+    """K for operands of ``dtype``; batch and length may be symbols. 0 where h is too small for a matrix."""
     part, of = _PART_OF_H
     fits = batch * length * dtype.itemsize * part // (of * d_model * state_dtype(dtype).itemsize)
-    # A plain min would decide for one text's length.
-    return torch.sym_min(fits, batch * (length // chunk))
+    # One less where chunks are too many to read each other, so that W is written. A plain min or max would
+    # decide for one text's length.
+    chunks, read = -(-length // chunk) * batch, (fits + batch) * tail_chunks(chunk, d_model, d_ff)
+    written = torch.sym_min(1, torch.sym_max(0, chunks - read))
+    return torch.sym_max(0, torch.sym_min(fits, batch * (length // chunk)) - written)
 
 
 def shape(h: Tensor, w0: Tensor, chunk: int) -> tuple[Any, ...]:
     """``[K, D, F]`` of what is kept: h ``[B, T, F]``, w0 ``[D, F]``."""
     batch, length, _ = h.shape
-    return (count(batch, length, chunk, w0.shape[0], h.dtype), *w0.shape)
+    d_model, d_ff = w0.shape
+    return count(batch, length, chunk, d_model, d_ff, h.dtype), d_model, d_ff
 
 
 def room(h: Tensor, w0: Tensor, chunk: int) -> Tensor:

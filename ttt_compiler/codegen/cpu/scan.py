@@ -2,10 +2,10 @@
 
 FLOPs in units of one static projection (2*T*D*F): forward 1 + (n-1)/n, where the last chunk of a document
 is applied and not written because nobody reads it, and less where its last chunks read each other directly
-(:func:`tail_chunks`); backward 5, less what a forward kept (:mod:`.kept`): from the last kept matrix on, W is
-recomputed in forward order and S summed in reverse, then from the one before. Memory: one fp32 ``[D, F]``
-matrix forward, two backward, whatever the number of chunks, and what is kept. May be changed here: the
-algorithm; :mod:`ttt_compiler.codegen.reference` says what it must compute.
+(:mod:`.kept`); backward 5, less what a forward kept: from the last kept matrix on, W is recomputed in forward
+order and S summed in reverse, then from the one before. Memory: one fp32 ``[D, F]`` matrix forward, two
+backward, whatever the number of chunks, and what is kept. May be changed here: the algorithm;
+:mod:`ttt_compiler.codegen.reference` says what it must compute.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ttt_compiler.codegen.cpu.gemm import FastMatrix, add_product, static_apply
-from ttt_compiler.codegen.cpu.kept import places
+from ttt_compiler.codegen.cpu.kept import places, tail_chunks
 from ttt_compiler.codegen.cpu.native.squares import norm
 from ttt_compiler.codegen.cpu.workspaces import leased, workspace
 from ttt_compiler.codegen.segments import Run, documents, row_runs
@@ -92,15 +92,6 @@ def chunk_scan(
                     if writable(v[b, span], h[b, span], on_nonfinite, span.start // chunk):
                         _write(w, v[b], h[b], span, waiting if i >= len(spans) - tail else None)
     return y
-
-
-def tail_chunks(chunk: int, d_model: int, d_ff: int) -> int:
-    """How many last chunks of a document are cheapest without a write between them.
-
-    A write costs ``2 C D F``; a chunk that reads an unwritten one instead, ``2 C^2 (D + F)``. m chunks save
-    m - 1 writes for m (m - 1) / 2 such reads: most at ``m = DF / (C (D + F)) + 1/2``.
-    """
-    return max(1, round(d_model * d_ff / (chunk * (d_model + d_ff)) + 0.5 - 1e-9))
 
 
 def chunk_scan_backward(
