@@ -16,7 +16,8 @@ from typing import Any
 from ttt_compiler.errors import TTTError
 
 # The static product, by whichever library: the fastest one is what the machine can do.
-STATIC = ("static", "torch.mm", "oneDNN")
+ORDERED = "oneDNN, W in order"
+STATIC = ("static", "torch.mm", "oneDNN", ORDERED)
 OURS = "ours"
 # Of a sweep: the official training form keeps no state and leaves out the last write, and so does what it is
 # held against.

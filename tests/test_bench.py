@@ -17,10 +17,11 @@ from bench.exact import SHORT, Exact
 from bench.growth import linear, power, state_bytes
 from bench.layer import KEY, LR, Layer, Leaving, Shape, fresh_state
 from bench.official import official
-from bench.results import RIVALS, held_against
+from bench.results import ORDERED, RIVALS, held_against
 from bench.training_products import TrainingProducts
 from ttt_compiler.codegen import reference
 from ttt_compiler.codegen.cpu import gemm, kept
+from ttt_compiler.codegen.cpu.native import panels
 from ttt_compiler.codegen.cpu.row import Row
 from ttt_compiler.codegen.cpu.slots import RowMatrix
 from ttt_compiler.codegen.layout import DONE, FACTORED, LEFT, spread_tokens
@@ -147,12 +148,14 @@ def test_every_prompt_is_held_by_what_it_leaves():
     assert all(isinstance(run, Leaving) for run in competitors.prefill(layer).values())
 
 
-def test_a_floor_by_a_wrong_product_is_not_timed():
-    layer = Layer(Shape(16, 48, 64, 16, 2))
+@pytest.mark.parametrize(("dtype", "error", "wrong"), [("float32", 1e-6, 1.001), ("bfloat16", 1e-2, 1.1)])
+def test_a_floor_by_a_wrong_product_is_not_timed(dtype, error, wrong):
+    layer = Layer(Shape(64, 96, 64, 16, 2, dtype))
     runs = competitors.libraries(layer)
-    assert max(layer.gate_static(runs).values()) < 1e-6
+    assert (ORDERED in runs) == (panels.shape_of(torch.empty(64, 96), layer.dtype) is not None)
+    assert max(layer.gate_static(runs).values()) < error
     with pytest.raises(AssertionError, match="no timing"):
-        layer.gate_static({name: (lambda run=run: run() * 1.001) for name, run in runs.items()})
+        layer.gate_static({name: (lambda run=run: run() * wrong) for name, run in runs.items()})
 
 
 def test_gradients_that_are_no_numbers_are_not_timed():
