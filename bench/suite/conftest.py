@@ -37,6 +37,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Of a run for CI and of a quick one, what is marked so; of the others, what is not for CI, nor dear."""
     ci, quick, full = (config.getoption(f"--{name}") for name in ("ci", "quick", "full"))
     for item in items:
+        if not ci:
+            # A large model's case takes longer than any test may, beside other work.
+            item.add_marker(pytest.mark.timeout(0))
         if ci != (item.get_closest_marker("ci") is not None):
             item.add_marker(pytest.mark.skip(reason="not a part of --ci" if ci else "a part of --ci alone"))
         elif quick and not ci and item.get_closest_marker("quick") is None:
