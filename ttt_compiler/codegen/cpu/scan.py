@@ -227,4 +227,4 @@ def writable(v: Tensor, h: Tensor, on_nonfinite: str, index: int) -> bool:
 
 def _any(v: Tensor) -> bool:
     """Whether anything would be written: the first token answers for a trained adapter."""
-    return bool(v[0, 0].any()) or bool(v.any())
+    return v.numel() > 0 and (bool(v[0, 0].any()) or bool(v.any()))
