@@ -8,6 +8,7 @@ measured. May be changed here: bounds, with the sentence of a README that quotes
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 
@@ -153,14 +154,11 @@ def goals() -> Iterator[Goal]:
 
 def _layers() -> Iterator[Goal]:
     at: dict[str, object] = {**MEDIUM, "tokens": 4096}
-    for dtype in DTYPES:
+    sizes: tuple[tuple[str, dict[str, object]], ...] = ((" C=512", {"chunk": 512}), (", every C", {}))
+    for (which, chunks), dtype in itertools.product(sizes, DTYPES):
         for kind in ("forward", "prefill"):
-            about = of(kind, chunk=512, dtype=dtype, **at)
-            yield Goal(f"{kind} {dtype}, T=4096 C=512: / FLOP floor", 1.05, over_floor, about)
-    for dtype in DTYPES:
-        for kind in ("forward", "prefill"):
-            about = of(kind, dtype=dtype, **at)
-            yield Goal(f"{kind} {dtype}, T=4096, every C: / FLOP floor", 1.05, over_floor, about)
+            about = of(kind, dtype=dtype, **at, **chunks)
+            yield Goal(f"{kind} {dtype}, T=4096{which}: / FLOP floor", 1.05, over_floor, about)
     for chunk, train, loop in ((512, 1.85, 1.38), (256, 2.5, 1.35)):
         about = of("forward", chunk=chunk, dtype="float32", **at)
         yield faster(f"forward fp32 C={chunk}", train, TRAIN, about)

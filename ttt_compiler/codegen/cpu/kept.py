@@ -2,8 +2,7 @@
 
 The backward applies every chunk's W to dy. From W0 alone that takes as many writes as the forward made. With
 K of them kept, it begins K + 1 times, and the last chunks of each stretch read each other instead of a
-written matrix (:func:`tail_chunks`). May be changed here: how much is kept, and
-where.
+written matrix (:func:`tail_chunks`). May be changed here: how much is kept, and where.
 """
 
 from __future__ import annotations

@@ -120,6 +120,10 @@ def chunk_scan_backward(
     filled = iter(() if kept is None else kept)
     # A forward that wrote anything had raised for a chunk that is not finite.
     checked = on_nonfinite == "raise" and _any(v)
+
+    def was_written(b: int, span: slice) -> bool:
+        return checked or writable(v[b, span], h[b, span], on_nonfinite, span.start // chunk)
+
     # The last S of the only document is dw0: it is made there.
     alone = decay == 1.0 and [(len(padding), len(docs)) for padding, docs in rows] == [(0, 1)]
     s = _fast(None, "scan.s", h.dtype, tuple(w0.shape), turns=True, master=dw0 if alone else None)
@@ -131,10 +135,11 @@ def chunk_scan_backward(
         for spans in docs:
             marks = next(kept_before)
             begins = [w0, *itertools.islice(filled, len(marks))]
+            stretches = zip(begins, itertools.pairwise([0, *marks, len(spans)]), strict=True)
             s.reset()
             # From the last stretch on, so that S follows W while dh is in the cache.
-            for at, (start, stop) in reversed([*enumerate(itertools.pairwise([0, *marks, len(spans)]))]):
-                w.begin(begins[at])
+            for begin, (start, stop) in reversed([*stretches]):
+                w.begin(begin)
                 waiting: list[slice] = []
                 for i, span in enumerate(spans[start:stop], start):
                     w.apply_transposed(dy[b, span], dh[b, span])
@@ -142,12 +147,10 @@ def chunk_scan_backward(
                         add_product(dy[b, span], v[b, past], h[b, past], dh[b, span], "scan.tail")
                     if i + 1 < stop:
                         w.decay(decay)
-                        if checked or writable(v[b, span], h[b, span], on_nonfinite, span.start // chunk):
+                        if was_written(b, span):
                             _write(w, v[b], h[b], span, waiting if i >= stop - tail else None)
                 for span in reversed(spans[start:stop]):
-                    if not s.is_zero and (
-                        checked or writable(v[b, span], h[b, span], on_nonfinite, span.start // chunk)
-                    ):
+                    if not s.is_zero and was_written(b, span):
                         s.apply_transposed(v[b, span], dh[b, span], accumulate=True)
                         s.apply(h[b, span], None, dv[b, span])
                     else:

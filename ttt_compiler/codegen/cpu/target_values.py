@@ -60,6 +60,8 @@ def chunk_values_backward(
     dv, t = dv.contiguous(), t.contiguous()
     dt = leased("values.dt", tuple(t.shape) if needed[0] else (0,), t.dtype)
     taps, blocks = conv[:, 0].t(), _Blocks(t, pos, chunk)
+    # Centred taps and zero padding: the adjoint is the same convolution with the taps reversed.
+    turned = taps.flip(0)
     dtaps = torch.zeros(taps.shape, dtype=torch.float64)
     dproj = t.new_zeros(proj.shape if needed[2] else 0, dtype=state_dtype(t.dtype))
     of_proj = FastMatrix(None, dproj, t.dtype, name="values.d")
@@ -73,8 +75,7 @@ def chunk_values_backward(
             grad = blocks.buffer(rows)
             project(dv[b, rows], proj.t(), grad, "project")
             if needed[0]:
-                # Centred taps and zero padding: the adjoint is the same convolution with the taps reversed.
-                convolve(blocks.chunks(grad), taps.flip(0), blocks.chunks(dt[b, rows]))
+                convolve(blocks.chunks(grad), turned, blocks.chunks(dt[b, rows]))
             if needed[1]:
                 add_taps_gradient(blocks.chunks(grad), source, dtaps)
     if needed[0]:
